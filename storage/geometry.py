@@ -1,0 +1,110 @@
+"""Where each pixel stands in the laboratory, and back.
+
+One model everywhere: panels in the NeXus/McStas frame (z along the beam, y up, x to the
+left looking along the beam), lengths in m. A panel has an outer corner of its first pixel
+and two pixel vectors; pixel positions are measured from that corner, so pixel i spans i to
+i + 1 and its centre is i + 0.5. The usual mounting is fast = -x, slow = -y.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.errors import BadFrame
+from storage.models import DetectorHeader
+
+__all__ = ["HC_EV_ANGSTROM", "Geometry", "Panel", "energy_from_wavelength", "wavelength_from_energy"]
+
+# h c / e in eV Å, CODATA 2018 (exact by definition of the SI).
+HC_EV_ANGSTROM = 12398.419843320026
+
+
+def wavelength_from_energy(energy_ev: float) -> float:
+    """Wavelength in Å of photons of an energy in eV."""
+    return HC_EV_ANGSTROM / energy_ev
+
+
+def energy_from_wavelength(wavelength_angstrom: float) -> float:
+    """Energy in eV of photons of a wavelength in Å."""
+    return HC_EV_ANGSTROM / wavelength_angstrom
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A flat rectangle of pixels.
+
+    corner : (x, y, z) of the outer corner of pixel (0, 0), m.
+    fast, slow : vectors of one pixel step along each array axis, m.
+    shape : (slow, fast) pixels.
+    origin : (slow, fast) of the panel's first pixel in the frame's array.
+    """
+
+    name: str
+    corner: tuple[float, float, float]
+    fast: tuple[float, float, float]
+    slow: tuple[float, float, float]
+    shape: tuple[int, int]
+    origin: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A detector in the beam: its panels and the wavelength in Å."""
+
+    panels: tuple[Panel, ...]
+    wavelength: float
+
+    @classmethod
+    def from_header(cls, detector: DetectorHeader, shape: tuple[int, int]) -> "Geometry":
+        """The flat detector that a header describes, facing the beam.
+
+        Raises
+        ------
+        BadFrame : distance or wavelength is zero, that is, the beamline never set it.
+        """
+        wavelength = detector.incident_wavelength
+        if not wavelength and detector.incident_energy:
+            wavelength = wavelength_from_energy(detector.incident_energy)
+        if not wavelength or not detector.detector_distance:
+            raise BadFrame(
+                f"geometry is unknown: detector_distance is {detector.detector_distance} m and "
+                f"incident_wavelength {detector.incident_wavelength} Å; set them at the detector or in the recipe"
+            )
+        px, py = detector.pixel_size_x, detector.pixel_size_y
+        corner = (detector.beam_center_x * px, detector.beam_center_y * py, detector.detector_distance)
+        return cls((Panel("p0", corner, (-px, 0.0, 0.0), (0.0, -py, 0.0), shape),), wavelength)
+
+    def lab_position(self, x: np.ndarray, y: np.ndarray, panel: int = 0) -> np.ndarray:
+        """Laboratory positions, (…, 3) m, of points (x fast, y slow) px from the corner of a panel."""
+        p = self.panels[panel]
+        x, y = np.asarray(x, float)[..., None], np.asarray(y, float)[..., None]
+        return np.asarray(p.corner) + x * np.asarray(p.fast) + y * np.asarray(p.slow)
+
+    def scattering_vector(self, x: np.ndarray, y: np.ndarray, panel: int = 0) -> np.ndarray:
+        """q = (k_out - k_in), (…, 3) in 1/Å without 2π, |q| = 1/d."""
+        r = self.lab_position(x, y, panel)
+        r = r / np.linalg.norm(r, axis=-1, keepdims=True)
+        r[..., 2] -= 1.0
+        return r / self.wavelength
+
+    def project(self, q: np.ndarray, panel: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Where rays k = q + z/λ meet a panel's plane: (x fast, y slow), px; NaN where they miss.
+
+        Solves corner + x fast + y slow = µ k for (x, y, 1/µ); only forward rays (µ > 0) count.
+        """
+        p = self.panels[panel]
+        k = np.array(q, float, copy=True)
+        k[..., 2] += 1.0 / self.wavelength
+        basis = np.linalg.inv(np.column_stack([p.corner, p.fast, p.slow]))
+        solved = k @ basis.T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x, y = solved[..., 1] / solved[..., 0], solved[..., 2] / solved[..., 0]
+        forward = solved[..., 0] > 0
+        return np.where(forward, x, np.nan), np.where(forward, y, np.nan)
+
+    def radius_px(self, panel: int = 0) -> np.ndarray:
+        """Distance of each pixel's centre from the beam axis, (slow, fast), in fast-pixel widths."""
+        p = self.panels[panel]
+        y, x = np.mgrid[0 : p.shape[0], 0 : p.shape[1]] + 0.5
+        r = self.lab_position(x, y, panel)
+        return (np.hypot(r[..., 0], r[..., 1]) / np.linalg.norm(p.fast)).astype(np.float32)

@@ -1,0 +1,130 @@
+"""The words of DESIGN as frozen models: what is written to disk and sent over the wire.
+
+Names follow NXmx and DECTRIS stream v2 where they exist. Units are in the field's
+description: lengths in m, energies in eV, wavelengths in Å, times in s, beam centre in px
+measured from the outer corner of the first pixel (pixel i spans i to i + 1).
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from storage.errors import BadFrame
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "DetectorHeader",
+    "Model",
+    "RunHeader",
+    "RunState",
+    "SeriesHeader",
+    "StreamHeader",
+]
+
+SCHEMA_VERSION = 1
+
+
+class Model(BaseModel):
+    """Frozen, strict about unknown fields, so that a typing error is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunState(StrEnum):
+    """Where a run is in its life; the last three are terminal."""
+
+    live = "live"
+    draining = "draining"
+    completed = "completed"
+    incomplete = "incomplete"
+    aborted = "aborted"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (RunState.completed, RunState.incomplete, RunState.aborted)
+
+
+class DetectorHeader(Model):
+    """The detector and the beam it stands in; zero or None where the beamline never said."""
+
+    description: str = ""
+    serial_number: str = ""
+    sensor_material: str = Field("Si", description="NXmx word: Si, CdTe, GaAs")
+    sensor_thickness: float = Field(0.00045, ge=0, description="m")
+    pixel_size_x: float = Field(75e-6, gt=0, description="m, along the fast axis")
+    pixel_size_y: float = Field(75e-6, gt=0, description="m, along the slow axis")
+    beam_center_x: float = Field(0.0, description="px from the first pixel's outer corner, fast axis")
+    beam_center_y: float = Field(0.0, description="px from the first pixel's outer corner, slow axis")
+    detector_distance: float = Field(0.0, ge=0, description="m, sample to detector along the beam")
+    incident_energy: float = Field(0.0, ge=0, description="eV")
+    incident_wavelength: float = Field(0.0, ge=0, description="Å")
+    count_time: float = Field(0.0, ge=0, description="s")
+    frame_time: float = Field(0.0, ge=0, description="s")
+    saturation_value: int | None = Field(None, description="largest trustworthy count")
+    threshold_energy: float | None = Field(None, description="eV")
+    countrate_correction_enabled: bool | None = None
+    flatfield_enabled: bool | None = None
+    pixel_mask_enabled: bool | None = None
+    virtual_pixel_interpolation_enabled: bool | None = None
+
+
+class SeriesHeader(Model):
+    """What the detector says of one arm-to-end series."""
+
+    series_id: int
+    series_unique_id: str
+    number_of_images: int = Field(0, ge=0, description="planned frames; 0 when unknown")
+    arm_date: datetime | None = None
+
+
+class StreamHeader(Model):
+    """Everything a reader must know before the first frame of a stream."""
+
+    schema_version: int = SCHEMA_VERSION
+    experiment: str
+    run: int
+    data_source: str
+    kind: Literal["frames", "table"] = "frames"
+    shape: tuple[int, ...] = Field((), description="of one frame, (slow, fast) for an image; () for a table")
+    dtype: str = Field("", description="NumPy name, e.g. uint16; empty for a table")
+    codec: Literal["bslz4", "lz4", "raw"] = "bslz4"
+    frames_per_chunk: int = Field(100, gt=0)
+    planned: int = Field(0, ge=0, description="frames the source means to send; 0 when unknown")
+    detector: DetectorHeader | None = None
+    series: SeriesHeader | None = None
+    parent: str | None = Field(None, description="data source this one was derived from")
+    processing: str | None = Field(None, description="processing that derived it")
+    user_data: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("dtype")
+    @classmethod
+    def _numeric(cls, name: str) -> str:
+        if name and np.dtype(name).kind not in "uif":
+            raise BadFrame(f"dtype {name!r} is not a number; use uint8 to uint64, int, or float32/64")
+        return name
+
+    @property
+    def fill_value(self) -> int | float:
+        """What a hole reads as through plain Zarr: the dtype's maximum, which means masked."""
+        kind = np.dtype(self.dtype)
+        return int(np.iinfo(kind).max) if kind.kind in "ui" else float("nan")
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one decoded frame."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.dtype else 0
+
+
+class RunHeader(Model):
+    """A run as the scientist asked for it; facts that come later are events."""
+
+    schema_version: int = SCHEMA_VERSION
+    experiment: str
+    run: int = Field(ge=0)
+    started_at: datetime
+    sample: str | None = None
+    comment: str = ""
+    user_data: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The long-running service: connectors in, memory buffer, chunk writer, groups, clients."""

@@ -32,7 +32,7 @@ from storage.errors import BadFrame
 
 __all__ = ["CODECS", "HEAD_BYTES", "Buffer", "check_blob", "decode", "decode_into", "encode"]
 
-Buffer = bytes | bytearray | memoryview | np.ndarray
+Buffer = bytes | bytearray | memoryview
 CODECS = ("bslz4", "lz4", "raw")
 HEAD_BYTES = 12
 BLOCK_BYTES = 8192
@@ -82,7 +82,7 @@ def check_blob(blob: Buffer, codec: str, shape: tuple[int, ...], dtype: Any) -> 
         raise BadFrame(f"unknown codec {codec!r}; this version reads {', '.join(CODECS)}")
     if view.nbytes < HEAD_BYTES:
         raise BadFrame(f"{codec} frame of {view.nbytes} bytes is shorter than its own {HEAD_BYTES}-byte head")
-    declared, block_bytes = _HEAD.unpack_from(view)
+    declared, block_bytes = _HEAD.unpack_from(view.data)
     if declared != expected:
         raise BadFrame(
             f"{codec} frame declares {declared} uncompressed bytes, but shape {shape} of {dtype} "
@@ -94,9 +94,7 @@ def check_blob(blob: Buffer, codec: str, shape: tuple[int, ...], dtype: Any) -> 
         _check_lz4_blocks(view, declared, block_bytes)
 
 
-def decode_into(
-    blob: Buffer, out: np.ndarray, codec: str = "bslz4", *, trusted: bool = False
-) -> np.ndarray:
+def decode_into(blob: Buffer, out: np.ndarray, codec: str = "bslz4", *, trusted: bool = False) -> np.ndarray:
     """Decompress one frame into ``out`` and return it.
 
     Parameters
@@ -119,7 +117,7 @@ def decode_into(
         return out
     if out.size == 0:
         return out
-    _, block_bytes = _HEAD.unpack_from(view)
+    _, block_bytes = _HEAD.unpack_from(view.data)
     if codec == "bslz4":
         _decode_bslz4(view, out, block_bytes)
     else:
@@ -159,8 +157,6 @@ def encode(array: np.ndarray, codec: str = "bslz4") -> bytes:
 
 def _bytes_view(blob: Buffer) -> np.ndarray:
     """The blob's bytes as a uint8 array, without a copy."""
-    if isinstance(blob, np.ndarray):
-        return blob.reshape(-1).view(np.uint8)
     return np.frombuffer(blob, np.uint8)
 
 
@@ -192,7 +188,7 @@ def _check_lz4_blocks(view: np.ndarray, declared: int, block_bytes: int) -> None
 
 def _walk_blocks(view: np.ndarray, n_blocks: int, codec: str) -> int:
     """Offset just behind the last block, following each block's own length."""
-    raw, size, at, unpack = memoryview(view), view.nbytes, HEAD_BYTES, _LENGTH.unpack_from
+    raw, size, at, unpack = view.data, view.nbytes, HEAD_BYTES, _LENGTH.unpack_from
     if n_blocks * _LENGTH.size > size:
         raise BadFrame(f"{codec} frame of {size} bytes is too short for its {n_blocks} blocks")
     try:
@@ -214,7 +210,7 @@ def _decode_bslz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:
 
 
 def _decode_lz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:
-    raw, at, written = memoryview(view), HEAD_BYTES, 0
+    raw, at, written = view.data, HEAD_BYTES, 0
     target = out.reshape(-1).view(np.uint8)
     while written < out.nbytes:
         (length,) = _LENGTH.unpack_from(raw, at)
@@ -222,9 +218,7 @@ def _decode_lz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:
         want = min(block_bytes, out.nbytes - written)
         if length == want:
             target[written : written + want] = view[at : at + want]
-        elif (
-            _lz4_decompress_safe(view.ctypes.data + at, target.ctypes.data + written, length, want) != want
-        ):
+        elif _lz4_decompress_safe(view.ctypes.data + at, target.ctypes.data + written, length, want) != want:
             raise BadFrame(f"lz4 frame is damaged in the block at byte {at}")
         at += length
         written += want

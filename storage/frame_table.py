@@ -1,0 +1,91 @@
+"""The frame table: one Parquet row per frame of a chunk, for people and queries as much as for us."""
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.frame import FrameInfo
+
+__all__ = ["frame_table", "read_frame_table", "table_bytes"]
+
+_SCHEMA = pa.schema(
+    [
+        ("frame_index", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("crc32c", pa.uint32()),
+        ("digest", pa.binary()),
+        ("received_ns", pa.int64()),
+        ("start_tick", pa.int64()),
+        ("stop_tick", pa.int64()),
+        ("tick_rate", pa.int64()),
+        ("utc_ns", pa.int64()),
+        ("utc_source", pa.string()),
+        ("utc_uncertainty_ns", pa.int64()),
+        ("series_id", pa.int64()),
+        ("series_unique_id", pa.string()),
+        ("series_frame", pa.int64()),
+        ("trigger_index", pa.int64()),
+        ("producer", pa.string()),
+        ("sequence", pa.int64()),
+    ]
+)
+_FIELDS = tuple(_SCHEMA.names)
+_META = "meta"
+
+
+def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
+    """Rows in index order; scalar metadata as columns of its own, all of it as JSON in ``meta``.
+
+    A metadata key that carries one of the standard names stays in the JSON only.
+    """
+    rows = sorted(infos, key=lambda info: info.frame_index)
+    columns = [pa.array([getattr(row, name) for row in rows], _SCHEMA.field(name).type) for name in _FIELDS]
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+    metas = [row.meta for row in rows]
+    for key in sorted({k for meta in metas for k in meta} - set(_FIELDS) - {_META}):
+        values = _scalar_column([meta.get(key) for meta in metas])
+        if values is not None:
+            table = table.append_column(key, values)
+    return table.append_column(_META, pa.array([json.dumps(meta, default=str) for meta in metas], pa.string()))
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """The table as a Parquet file in memory, ready to be published in one step."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_frame_table(path: Path) -> list[FrameInfo]:
+    """The rows of one chunk's frame table, in index order."""
+    table = pq.read_table(path, columns=[*_FIELDS, _META])
+    columns = [table.column(name).to_pylist() for name in _FIELDS]
+    metas = table.column(_META).to_pylist()
+    return [
+        FrameInfo(**dict(zip(_FIELDS, values, strict=True)), meta=json.loads(meta))
+        for *values, meta in zip(*columns, metas, strict=True)
+    ]
+
+
+def _scalar_column(values: list[Any]) -> pa.Array | None:
+    """A column of numbers, booleans or strings; None where the values are nested or mixed."""
+    kinds = {type(v) for v in values if v is not None}
+    if kinds <= {int, float} and kinds:
+        kind = pa.float64() if float in kinds else pa.int64()
+    elif kinds == {bool}:
+        kind = pa.bool_()
+    elif kinds == {str}:
+        kind = pa.string()
+    else:
+        return None
+    try:
+        return pa.array(values, kind)
+    except pa.ArrowInvalid:  # an integer beyond 64 bits: the JSON keeps it
+        return None
+    except OverflowError:
+        return None

@@ -1,0 +1,43 @@
+"""Pixel mask and flat field of a stream, kept beside its frames in the Zarr group.
+
+Masks are uint32 bit fields as NXmx defines them, nonzero where a pixel must not be used
+(bit 0 gap, 1 dead, 8 user, 31 virtual pixel).
+"""
+
+from pathlib import Path
+
+import blake3
+import numpy as np
+import zarr
+
+from storage.errors import ShapeMismatch
+
+__all__ = ["array_digest", "read_plane", "write_plane"]
+
+
+def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Keep one (slow, fast) plane, such as ``pixel_mask``, in a stream's Zarr group.
+
+    Raises
+    ------
+    ShapeMismatch : the plane does not cover the stream's frames.
+    """
+    if plane.shape != tuple(shape):
+        raise ShapeMismatch(f"{name} has shape {plane.shape}, but the frames have {tuple(shape)}; send one that fits")
+    zarr.create_array(store=str(group / name), data=np.ascontiguousarray(plane), chunks=plane.shape, overwrite=True)
+
+
+def read_plane(group: Path, name: str) -> np.ndarray | None:
+    """The plane of that name, or None where the source sent none."""
+    if not (group / name / "zarr.json").exists():
+        return None
+    array = zarr.open_array(str(group / name), mode="r")
+    return np.asarray(array[:])
+
+
+def array_digest(array: np.ndarray | None) -> str:
+    """blake3 of dtype, shape and values, hex; empty for no array."""
+    if array is None:
+        return ""
+    array = np.ascontiguousarray(array)
+    return blake3.blake3(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()

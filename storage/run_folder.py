@@ -1,0 +1,252 @@
+"""A run on disk: where everything is, its header, and its immutable facts in order.
+
+All facts of a run live here; the catalog is only an index of them.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from storage.errors import NearlineError, RunNotFound, StreamNotFound
+from storage.files import publish
+from storage.models import Model, RunHeader, RunState, StreamHeader
+from storage.names import check_name, check_run
+from storage.states import StateRange
+
+__all__ = [
+    "ChunkCommit",
+    "Event",
+    "RunFolder",
+    "StreamOwned",
+    "StreamPaths",
+    "claim_stream",
+    "find_runs",
+    "has_writer",
+    "latest_epoch",
+]
+
+_STREAM_SUFFIX = ".stream.json"
+
+
+class StreamOwned(NearlineError):
+    """Another live process holds this stream for writing."""
+
+
+class Event(Model):
+    """A fact about a run, written once."""
+
+    number: int
+    kind: str
+    at: datetime
+    payload: dict[str, Any]
+
+
+class ChunkCommit(Model):
+    """The commit point of chunk k: once this file exists, the chunk is sealed."""
+
+    chunk: int
+    start: int
+    stop: int
+    ranges: list[StateRange]
+    n_frames: int
+    size_bytes: int
+    digest: str
+    epoch: int
+    sealed_at: datetime
+
+
+class StreamPaths:
+    """Where one data source's files are inside a run folder."""
+
+    def __init__(self, run: Path, data_source: str) -> None:
+        self.data_source = check_name(data_source, "data source")
+        self.header = run / f"{data_source}{_STREAM_SUFFIX}"
+        self.zarr = run / f"{data_source}.zarr"
+        self.array = self.zarr / "data"
+        self.frames = run / f"{data_source}.frames"
+        self.chunks = run / f"{data_source}.chunks"
+        self.journal = run / f"{data_source}.journal"
+        self.claims = run / f"{data_source}.claims"
+
+    def shard(self, chunk: int, ndim: int) -> Path:
+        """The shard of chunk k: frames along the first axis, one shard across the others."""
+        return self.array / "c" / "/".join([str(chunk), *["0"] * ndim])
+
+    def frame_table(self, chunk: int) -> Path:
+        return self.frames / f"{chunk:05d}.parquet"
+
+    def commit(self, chunk: int) -> Path:
+        return self.chunks / f"{chunk:05d}.json"
+
+    def open_journal(self, chunk: int) -> Path:
+        return self.journal / f"{chunk:05d}.journal"
+
+    def journals(self) -> list[tuple[int, Path]]:
+        """Chunks not sealed yet, in order."""
+        return [(int(p.stem), p) for p in sorted(self.journal.glob("*.journal")) if p.stem.isdecimal()]
+
+    def commits(self) -> list[int]:
+        """Sealed chunks, in order."""
+        return sorted(int(p.stem) for p in self.chunks.glob("*.json") if p.stem.isdecimal())
+
+    def read_commit(self, chunk: int) -> ChunkCommit:
+        return ChunkCommit.model_validate_json(self.commit(chunk).read_bytes())
+
+
+class RunFolder:
+    """One run: ``<root>/<experiment>/<run>/``."""
+
+    def __init__(self, path: Path, header: RunHeader) -> None:
+        self.path, self.header = path, header
+
+    @classmethod
+    def create(cls, root: Path, header: RunHeader) -> "RunFolder":
+        """Make a new run's folder; FileExistsError when that run number is taken."""
+        path = root / check_name(header.experiment, "experiment") / str(check_run(header.run))
+        path.mkdir(parents=True, exist_ok=True)
+        if not publish(path / "run.json", header.model_dump_json(indent=2).encode()):
+            raise FileExistsError(f"run {header.experiment}/{header.run} exists already in {root}")
+        folder = cls(path, header)
+        folder.add_event("run_started", {})
+        return folder
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "RunFolder":
+        """A run that is there.
+
+        Raises
+        ------
+        RunNotFound : no ``run.json`` in that folder, or one this version cannot read.
+        """
+        path = Path(path)
+        try:
+            return cls(path, RunHeader.model_validate_json((path / "run.json").read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunNotFound(
+                f"no run in {path} (it has no run.json); give a run folder such as data/lyso-2026/17"
+            ) from None
+        except ValidationError as error:
+            raise RunNotFound(f"{path / 'run.json'} is not a run header of this version: {error}") from error
+
+    def stream(self, data_source: str) -> StreamPaths:
+        return StreamPaths(self.path, data_source)
+
+    def data_sources(self) -> list[str]:
+        """Names of all streams of the run, derived ones included, sorted."""
+        return sorted(p.name.removesuffix(_STREAM_SUFFIX) for p in self.path.glob(f"*{_STREAM_SUFFIX}"))
+
+    def stream_header(self, data_source: str) -> StreamHeader:
+        """The header of one data source.
+
+        Raises
+        ------
+        StreamNotFound : the run has no such data source; the message lists those it has.
+        """
+        try:
+            return StreamHeader.model_validate_json(self.stream(data_source).header.read_bytes())
+        except FileNotFoundError:
+            have = ", ".join(self.data_sources()) or "none yet"
+            raise StreamNotFound(
+                f"run {self.header.experiment}/{self.header.run} has no data source {data_source!r}; it has: {have}"
+            ) from None
+
+    def add_stream(self, header: StreamHeader) -> None:
+        """Record a stream's header; FileExistsError when the run has that data source already."""
+        path = self.stream(header.data_source).header
+        if not publish(path, header.model_dump_json(indent=2).encode()):
+            raise FileExistsError(f"data source {header.data_source!r} exists already in {self.path}")
+
+    def add_event(self, kind: str, payload: dict[str, Any]) -> Event:
+        """Append a fact; never replaces one."""
+        folder = self.path / "events"
+        number = 1 + max((int(p.name[:6]) for p in folder.glob("[0-9]*.json")), default=0)
+        while True:
+            event = Event(number=number, kind=kind, at=datetime.now(UTC), payload=payload)
+            if publish(folder / f"{number:06d}-{kind}.json", event.model_dump_json(indent=2).encode()):
+                return event
+            number += 1
+
+    def events(self, kind: str | None = None) -> Iterator[Event]:
+        """The facts in order, all or of one kind."""
+        for path in sorted((self.path / "events").glob(f"[0-9]*-{kind or '*'}.json")):
+            yield Event.model_validate_json(path.read_bytes())
+
+    def finished(self, data_source: str) -> dict[str, Any] | None:
+        """What was recorded when a stream ended: announced frames and counters; None while it is open."""
+        for event in self.events("stream_finished"):
+            if event.payload["data_source"] == data_source:
+                return event.payload
+        return None
+
+    @property
+    def state(self) -> RunState:
+        """Terminal state if the run has ended, else live."""
+        ends = list(self.events("run_finished"))
+        return RunState(ends[-1].payload["state"]) if ends else RunState.live
+
+
+def claim_stream(paths: StreamPaths, owner: str) -> tuple[int, int]:
+    """Become the one writer of a stream: (epoch, file descriptor of the lock).
+
+    The lock is the kernel's and ends with the process; the epoch stays in the folder, and a
+    publication carries it.
+
+    Raises
+    ------
+    StreamOwned : another process holds the lock.
+    """
+    paths.claims.mkdir(parents=True, exist_ok=True)
+    fd = os.open(paths.claims / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise StreamOwned(
+            f"{paths.data_source} in {paths.claims.parent} is being written by {last_claim(paths)}; "
+            "stop that one first, or use another data folder"
+        ) from None
+    epoch = 1 + max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
+    claim = json.dumps({"owner": owner, "at": datetime.now(UTC).isoformat()}).encode()
+    while not publish(paths.claims / f"{epoch:06d}.json", claim):
+        epoch += 1
+    return epoch, fd
+
+
+def has_writer(paths: StreamPaths) -> bool:
+    """Whether a live process holds the stream for writing."""
+    try:
+        fd = os.open(paths.claims / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def last_claim(paths: StreamPaths) -> str | None:
+    """Who claimed the stream last."""
+    claims = sorted(paths.claims.glob("[0-9]*.json"))
+    return json.loads(claims[-1].read_bytes())["owner"] if claims else None
+
+
+def latest_epoch(paths: StreamPaths) -> int:
+    """The newest claim's epoch; a writer with an older one is stale."""
+    return max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
+
+
+def find_runs(root: Path) -> Iterator[RunFolder]:
+    """Every run below a data folder, by experiment and run number."""
+    found = [p.parent for p in root.glob("*/*/run.json") if re.fullmatch(r"\d+", p.parent.name)]
+    for path in sorted(found, key=lambda p: (p.parent.name, int(p.name))):
+        yield RunFolder.open(path)

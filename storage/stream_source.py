@@ -1,0 +1,250 @@
+"""Where a reader gets a stream from: the interface, and its implementation on a run folder.
+
+`streaming.service_source` implements the same interface over the wire; one conformance suite
+runs against both.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from storage.errors import GroupNeedsService
+from storage.frame import FrameInfo, RawFrame
+from storage.journal import Journal
+from storage.masks import read_plane
+from storage.models import Model, RunState, StreamHeader
+from storage.run_folder import ChunkCommit, RunFolder, has_writer
+from storage.states import FrameState, IndexStates, StreamLedger
+from storage.stream_store import SealedChunks, build_ledger, missing_frame
+
+__all__ = ["FolderSource", "LeasedFrame", "StreamSource", "StreamStatus"]
+
+# How often a folder is looked at again while its writer is alive; there is no one to ask.
+_LOOK_AGAIN_S = 0.2
+
+
+class StreamStatus(Model):
+    """How far a stream has come: indices below ``watermark`` are stored or known to be missing."""
+
+    announced: int
+    watermark: int
+    n_sealed: int
+    is_terminal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedFrame:
+    """A frame given to one member of a group; a delivery above 1 is a redelivery."""
+
+    frame: RawFrame
+    lease: int
+    delivery: int
+
+
+class StreamSource(Protocol):
+    """What every place that serves a stream can do.
+
+    Ranges are half-open. Reading beyond the watermark of a live stream gives what is there;
+    nothing ever returns a frame that was not received.
+    """
+
+    header: StreamHeader
+
+    def status(self) -> StreamStatus:
+        """The present state, without waiting."""
+        ...
+
+    def wait(self, above: int, timeout: float | None) -> StreamStatus:
+        """Wait until the watermark exceeds ``above`` or the stream has ended; the state then, or at the time-out."""
+        ...
+
+    def read(self, start: int, stop: int) -> list[RawFrame]:
+        """Frames in index order, at least the first one available in the range; [] if there is none.
+
+        May stop early to bound memory: go on behind the last frame returned.
+        """
+        ...
+
+    def read_one(self, frame_index: int) -> RawFrame:
+        """One frame, or the error that says why not (FrameMissing, FrameNotYetAvailable, CorruptFrame)."""
+        ...
+
+    def latest(self, after: int, timeout: float | None) -> RawFrame | None:
+        """The newest frame with an index above ``after``; None at the time-out or if the stream ended before."""
+        ...
+
+    def wait_chunk(self, chunk: int, timeout: float | None) -> ChunkCommit | None:
+        """The commit of chunk k once it is sealed; None if the stream ended without it, or at the time-out."""
+        ...
+
+    def plane(self, name: str) -> np.ndarray | None:
+        """A (slow, fast) plane such as ``pixel_mask``; None where the source sent none."""
+        ...
+
+    def ledger(self) -> StreamLedger:
+        """Every frame accounted for."""
+        ...
+
+    def follow_group(self, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
+        """Frames leased to this member of a group, each acknowledged when the next is asked for."""
+        ...
+
+
+class FolderSource:
+    """A stream read from its run folder, with no service involved.
+
+    Works on a run that is still being written (what is stored is visible), one that was
+    interrupted, and a finished one.
+    """
+
+    # Frames per `read`, so that a caller never gets a whole run into memory.
+    _READ_BYTES = 64 << 20
+
+    def __init__(self, folder: RunFolder, data_source: str) -> None:
+        self.folder = folder
+        self.header = folder.stream_header(data_source)
+        self._paths = folder.stream(data_source)
+        self._states = IndexStates()
+        self._commits: dict[int, ChunkCommit] = {}
+        self._journals: dict[int, tuple[int, Journal]] = {}
+        self._chunks = SealedChunks(self._paths, self.header)
+        self._finished: dict | None = None
+        self._is_terminal = False
+        self._refresh()
+
+    def status(self) -> StreamStatus:
+        self._refresh()
+        return StreamStatus(
+            announced=self._states.announced,
+            watermark=self._states.announced if self._is_terminal else self._states.watermark,
+            n_sealed=len(self._commits),
+            is_terminal=self._is_terminal,
+        )
+
+    def wait(self, above: int, timeout: float | None) -> StreamStatus:
+        for status in self._looks(timeout):
+            if status.watermark > above or status.is_terminal:
+                break
+        return status
+
+    def read(self, start: int, stop: int) -> list[RawFrame]:
+        frames: list[RawFrame] = []
+        n_bytes = 0
+        for index in self._states.indices(FrameState.stored, start, stop):
+            frames.append(self.read_one(int(index)))
+            n_bytes += frames[-1].nbytes
+            if n_bytes >= self._READ_BYTES:
+                break
+        return frames
+
+    def read_one(self, frame_index: int) -> RawFrame:
+        if self._states[frame_index] is not FrameState.stored:
+            self._refresh()
+        chunk = frame_index // self.header.frames_per_chunk
+        if chunk in self._journals and frame_index in self._journals[chunk][1].infos:
+            return self._journals[chunk][1].read(frame_index)
+        if self._states[frame_index] is not FrameState.stored:
+            raise missing_frame(self.header, self._states, frame_index, is_terminal=self._is_terminal)
+        return self._chunks.read(frame_index)
+
+    def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
+        """Rows of the frame table in index order, without reading payloads."""
+        size = self.header.frames_per_chunk
+        for chunk in range(start // size, -(-stop // size)):
+            rows = self._journals[chunk][1].infos if chunk in self._journals else {}
+            if chunk in self._commits:
+                rows = self._chunks.infos(chunk)
+            for index in sorted(rows):
+                if start <= index < stop:
+                    yield rows[index]
+
+    def latest(self, after: int, timeout: float | None) -> RawFrame | None:
+        for status in self._looks(timeout):
+            newest = self._states.indices(FrameState.stored, after + 1)[-1:]
+            if newest.size:
+                return self.read_one(int(newest[0]))
+            if status.is_terminal:
+                break
+        return None
+
+    def wait_chunk(self, chunk: int, timeout: float | None) -> ChunkCommit | None:
+        for status in self._looks(timeout):
+            if chunk in self._commits or status.is_terminal:
+                break
+        return self._commits.get(chunk)
+
+    def plane(self, name: str) -> np.ndarray | None:
+        return read_plane(self._paths.zarr, name)
+
+    def ledger(self) -> StreamLedger:
+        self._refresh()
+        counters = self._finished or {"duplicate": 0, "late": 0}
+        return build_ledger(
+            self.header,
+            self._states,
+            counters["duplicate"],
+            counters["late"],
+            is_terminal=self._finished is not None,
+        )
+
+    def follow_group(self, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
+        raise GroupNeedsService(
+            f"group {group!r} cannot share frames of the folder {self.folder.path}: groups need a running service; "
+            "start one with `nearline serve`, or follow() without a group"
+        )
+
+    def _looks(self, timeout: float | None) -> Iterator[StreamStatus]:
+        """The status now, and again and again until the time-out."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            yield self.status()
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            time.sleep(_LOOK_AGAIN_S)
+
+    def _refresh(self) -> None:
+        """Take in what has been published since the last look."""
+        if self._is_terminal:
+            return
+        # Asked before reading: a writer that stops in between leaves nothing behind unseen.
+        is_written = has_writer(self._paths)
+        self._finished = self.folder.finished(self.header.data_source)
+        for chunk, path in self._paths.journals():
+            self._look_into_journal(chunk, path)
+        for chunk in self._paths.commits():
+            if chunk not in self._commits:
+                self._adopt(self._paths.read_commit(chunk))
+        if self._finished:
+            self._states.announce(self._finished["announced"])
+        self._is_terminal = self._finished is not None or not is_written
+
+    def _look_into_journal(self, chunk: int, path: Path) -> None:
+        try:
+            size = path.stat().st_size
+            if chunk in self._commits or self._journals.get(chunk, (0,))[0] == size:
+                return
+            start = chunk * self.header.frames_per_chunk
+            journal = Journal.view(path, start, self.header.frames_per_chunk)
+        except FileNotFoundError:  # sealed meanwhile; its commit comes next
+            return
+        self._journals[chunk] = (size, journal)
+        for index in journal.infos:
+            self._states.set(index, index + 1, FrameState.stored)
+
+    def _adopt(self, commit: ChunkCommit) -> None:
+        self._commits[commit.chunk] = commit
+        self._journals.pop(commit.chunk, None)
+        for part in commit.ranges:
+            self._states.set(part.start, part.stop, FrameState[part.state], part.cause)
+
+
+def state_of(folder: RunFolder) -> RunState:
+    """A run's state as its folder tells it: a run that nobody writes any more and that never ended is aborted."""
+    state = folder.state
+    if state is RunState.live and not any(has_writer(folder.stream(name)) for name in folder.data_sources()):
+        return RunState.aborted
+    return state

@@ -1,0 +1,373 @@
+"""One stream being written: frames into chunk journals, journals into shards.
+
+`append` puts a frame into its chunk's journal (state *stored*); a chunk is sealed once, when
+each of its indices is stored, declared missing or rejected. Publication order: shard →
+frame table → commit; everything before the commit is rolled forward by `recover` after a
+crash at any point. One thread writes; `read` may be called from any.
+"""
+
+import os
+import socket
+import threading
+from collections import OrderedDict
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+
+import blake3
+import numpy as np
+
+from storage.codec import Buffer
+from storage.errors import FrameMissing, FrameNotYetAvailable, IndexConflict
+from storage.files import publish, publish_file, replace, sync_folder
+from storage.frame import FrameInfo, RawFrame, content_digest
+from storage.frame_table import frame_table, read_frame_table, table_bytes
+from storage.journal import Journal
+from storage.masks import write_plane
+from storage.models import StreamHeader
+from storage.run_folder import ChunkCommit, RunFolder, StreamOwned, StreamPaths, claim_stream, latest_epoch
+from storage.shard import ShardReader
+from storage.states import FrameState, IndexStates, StreamLedger
+from storage.zarr_layout import write_array_metadata, write_group
+
+__all__ = ["Admission", "SealedChunks", "StreamStore", "build_ledger", "missing_frame"]
+
+
+class Admission(StrEnum):
+    """What becomes of a frame that has just arrived."""
+
+    new = "new"
+    duplicate = "duplicate"
+    late = "late"
+
+
+class SealedChunks:
+    """Frames of sealed chunks: shard readers and frame tables, the latest few kept open."""
+
+    def __init__(self, paths: StreamPaths, header: StreamHeader, keep: int = 4) -> None:
+        self._paths, self._header, self._keep = paths, header, keep
+        self._shards: OrderedDict[int, ShardReader] = OrderedDict()
+        self._tables: OrderedDict[int, dict[int, FrameInfo]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, frame_index: int) -> RawFrame:
+        """One frame of a sealed chunk; KeyError where the chunk has a hole."""
+        info = self.infos(frame_index // self._header.frames_per_chunk)[frame_index]
+        if self._header.kind == "table":
+            return RawFrame(info, b"")
+        return RawFrame(info, self._shard(frame_index // self._header.frames_per_chunk).read(frame_index))
+
+    def infos(self, chunk: int) -> dict[int, FrameInfo]:
+        """The frame table of a sealed chunk by index."""
+        with self._lock:
+            table = self._tables.get(chunk)
+        if table is None:
+            table = {info.frame_index: info for info in read_frame_table(self._paths.frame_table(chunk))}
+            self.remember(chunk, table)
+        return table
+
+    def remember(self, chunk: int, infos: dict[int, FrameInfo]) -> None:
+        """Keep a table that is in memory anyway."""
+        with self._lock:
+            self._tables[chunk] = infos
+            while len(self._tables) > self._keep:
+                self._tables.popitem(last=False)
+
+    def _shard(self, chunk: int) -> ShardReader:
+        with self._lock:
+            reader = self._shards.get(chunk)
+            if reader is None:
+                size = self._header.frames_per_chunk
+                reader = ShardReader(self._paths.shard(chunk, len(self._header.shape)), chunk * size, size)
+                self._shards[chunk] = reader
+            self._shards.move_to_end(chunk)
+            # Readers in use elsewhere close themselves when the last thread lets go.
+            while len(self._shards) > self._keep:
+                self._shards.popitem(last=False)
+            return reader
+
+
+class StreamStore:
+    """The writer of one stream in a run folder."""
+
+    def __init__(self, folder: RunFolder, header: StreamHeader) -> None:
+        self.folder, self.header = folder, header
+        self.paths = folder.stream(header.data_source)
+        self.states = IndexStates()
+        self.duplicate = self.late = 0
+        self.is_finished = False
+        self.sealed: dict[int, ChunkCommit] = {}
+        self._first_open = 0
+        self._journals: dict[int, Journal] = {}
+        self._chunks = SealedChunks(self.paths, header)
+        self.epoch, self._lock_fd = claim_stream(self.paths, f"pid {os.getpid()} on {socket.gethostname()}")
+
+    @classmethod
+    def create(
+        cls,
+        folder: RunFolder,
+        header: StreamHeader,
+        *,
+        pixel_mask: np.ndarray | None = None,
+        flatfield: np.ndarray | None = None,
+    ) -> "StreamStore":
+        """Begin a stream: its header, Zarr group and masks, ready for the first frame."""
+        folder.add_stream(header)
+        store = cls(folder, header)
+        store._make_folders()
+        for name, plane in (("pixel_mask", pixel_mask), ("flatfield", flatfield)):
+            if plane is not None:
+                write_plane(store.paths.zarr, name, plane, header.shape)
+        return store
+
+    @classmethod
+    def recover(cls, folder: RunFolder, data_source: str) -> "StreamStore":
+        """Take over a stream after a crash: keep what was stored, roll half-done seals forward."""
+        store = cls(folder, folder.stream_header(data_source))
+        store._make_folders()
+        for chunk in store.paths.commits():
+            store._adopt_commit(store.paths.read_commit(chunk))
+        for chunk, path in store.paths.journals():
+            if chunk in store.sealed:
+                path.unlink()
+            else:
+                store._adopt_journal(chunk, path)
+        finished = folder.finished(data_source)
+        if finished:
+            store.states.announce(finished["announced"])
+            store.duplicate, store.late = finished["duplicate"], finished["late"]
+            store._seal_all("unknown")
+            store.is_finished = True
+        else:
+            store.seal_complete()
+        store._publish_length()
+        return store
+
+    def admit(self, info: FrameInfo) -> Admission:
+        """Decide on a frame by its index alone, before it takes memory.
+
+        Raises
+        ------
+        IndexConflict : that index is stored already with other content.
+        """
+        index = info.frame_index
+        if self.states[index] is FrameState.stored:
+            if self.info(index).digest != info.digest:
+                raise IndexConflict(
+                    f"frame {index} of {self.header.data_source} arrived twice with different content; "
+                    "the first one is kept, check the source's numbering"
+                )
+            self.duplicate += 1
+            return Admission.duplicate
+        if self.is_finished or index // self.header.frames_per_chunk in self.sealed:
+            self.late += 1
+            return Admission.late
+        return Admission.new
+
+    def append(self, info: FrameInfo, blob: Buffer) -> None:
+        """Journal one admitted frame; afterwards it is *stored*."""
+        chunk = info.frame_index // self.header.frames_per_chunk
+        journal = self._journals.get(chunk)
+        if journal is None:
+            size = self.header.frames_per_chunk
+            journal = Journal.create(self.paths.open_journal(chunk), chunk * size, size)
+            sync_folder(self.paths.journal)
+            self._journals[chunk] = journal
+        journal.append(info, blob)
+        self.states.set(info.frame_index, info.frame_index + 1, FrameState.stored)
+
+    def account(self, start: int, stop: int, state: FrameState, cause: str) -> None:
+        """Declare the pending indices of a range missing or rejected, with the cause."""
+        self.states.announce(stop)
+        for index in self.states.indices(FrameState.pending, start, stop):
+            self.states.set(int(index), int(index) + 1, state, cause)
+
+    def seal_complete(self) -> list[ChunkCommit]:
+        """Seal every whole chunk in which no index is pending any more."""
+        size = self.header.frames_per_chunk
+        done = []
+        while self._first_open in self.sealed:
+            self._first_open += 1
+        for chunk in range(self._first_open, self.states.announced // size):
+            is_known = not self.states.count(FrameState.pending, chunk * size, (chunk + 1) * size)
+            if is_known and chunk not in self.sealed:
+                done.append(self._seal(chunk))
+        if done:
+            self._publish_length()
+        return done
+
+    def finish(self, announced: int, cause: str) -> list[ChunkCommit]:
+        """End the stream: what is still pending is missing with this cause; seal the rest."""
+        self.states.announce(announced)
+        done = self._seal_all(cause)
+        self._publish_length()
+        self.is_finished = True
+        self.folder.add_event(
+            "stream_finished",
+            {
+                "data_source": self.header.data_source,
+                "announced": self.states.announced,
+                "duplicate": self.duplicate,
+                "late": self.late,
+            },
+        )
+        return done
+
+    def read(self, frame_index: int) -> RawFrame:
+        """A stored frame, from its journal or shard.
+
+        Raises
+        ------
+        FrameMissing, FrameNotYetAvailable, CorruptFrame
+        """
+        journal = self._journals.get(frame_index // self.header.frames_per_chunk)
+        if journal is not None and frame_index in journal.infos:
+            return journal.read(frame_index)
+        if self.states[frame_index] is not FrameState.stored:
+            raise missing_frame(self.header, self.states, frame_index, is_terminal=self.is_finished)
+        return self._chunks.read(frame_index)
+
+    def info(self, frame_index: int) -> FrameInfo:
+        """The row of a stored frame; KeyError if it is not stored."""
+        chunk = frame_index // self.header.frames_per_chunk
+        journal = self._journals.get(chunk)
+        if journal is not None and frame_index in journal.infos:
+            return journal.infos[frame_index]
+        return self._chunks.infos(chunk)[frame_index]
+
+    def sync(self) -> None:
+        """Make all stored frames durable."""
+        for journal in list(self._journals.values()):
+            journal.sync()
+
+    def ledger(self, buffered: int = 0) -> StreamLedger:
+        """The account of this stream now; ``buffered`` frames are pending here but in memory."""
+        return build_ledger(
+            self.header, self.states, self.duplicate, self.late, is_terminal=self.is_finished, buffered=buffered
+        )
+
+    def close(self) -> None:
+        """Give the stream up; open journals stay as they are and can be recovered."""
+        for journal in self._journals.values():
+            journal.close()
+        self._journals = {}
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _make_folders(self) -> None:
+        for folder in (self.paths.frames, self.paths.chunks, self.paths.journal):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self.header.kind == "frames" and not (self.paths.array / "zarr.json").exists():
+            write_group(self.paths.zarr, {"nearline": self.header.model_dump(mode="json")})
+            write_array_metadata(self.paths.array, self.header, 0)
+
+    def _adopt_commit(self, commit: ChunkCommit) -> None:
+        self.sealed[commit.chunk] = commit
+        for part in commit.ranges:
+            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
+
+    def _adopt_journal(self, chunk: int, path: Path) -> None:
+        size = self.header.frames_per_chunk
+        journal = Journal.recover(path, chunk * size, size)
+        self._journals[chunk] = journal
+        for index in journal.infos:
+            self.states.set(index, index + 1, FrameState.stored)
+
+    def _seal_all(self, cause: str) -> list[ChunkCommit]:
+        self.account(0, self.states.announced, FrameState.missing, cause)
+        n_chunks = -(-self.states.announced // self.header.frames_per_chunk)
+        return [self._seal(chunk) for chunk in range(n_chunks) if chunk not in self.sealed]
+
+    def _seal(self, chunk: int) -> ChunkCommit:
+        """Publish one chunk; idempotent up to the commit, which is created once."""
+        if latest_epoch(self.paths) != self.epoch:
+            raise StreamOwned(f"{self.paths.zarr}: a newer service has claimed this stream; this one stops writing it")
+        journal = self._journals.get(chunk)
+        infos = journal.infos if journal else {}
+        if journal and self.header.kind == "frames":
+            self._publish_shard(chunk, journal)
+        replace(self.paths.frame_table(chunk), table_bytes(frame_table(infos.values())))
+        commit = self._commit_of(chunk, infos)
+        if not publish(self.paths.commit(chunk), commit.model_dump_json(indent=1).encode()):
+            raise StreamOwned(f"{self.paths.commit(chunk)} was published by another service; this one stops writing it")
+        self._chunks.remember(chunk, infos)
+        self.sealed[chunk] = commit
+        if journal:
+            # Not closed here: a reader may be in the middle of it, and the file lives on as the shard.
+            del self._journals[chunk]
+            journal.path.unlink()
+        return commit
+
+    def _publish_shard(self, chunk: int, journal: Journal) -> None:
+        shard = self.paths.shard(chunk, len(self.header.shape))
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_index()
+        if not publish_file(journal.path, shard):
+            raise StreamOwned(f"{shard} was published by another service; this one stops writing it")
+
+    def _commit_of(self, chunk: int, infos: dict[int, FrameInfo]) -> ChunkCommit:
+        size = self.header.frames_per_chunk
+        start, stop = chunk * size, min((chunk + 1) * size, self.states.announced)
+        digest = blake3.blake3()
+        for index in sorted(infos):
+            digest.update(content_digest(infos[index]))
+        return ChunkCommit(
+            chunk=chunk,
+            start=start,
+            stop=stop,
+            ranges=self.states.ranges(start, stop),
+            n_frames=len(infos),
+            size_bytes=sum(info.size_bytes for info in infos.values()),
+            digest=digest.hexdigest(),
+            epoch=self.epoch,
+            sealed_at=datetime.now(UTC),
+        )
+
+    def _publish_length(self) -> None:
+        if self.header.kind == "frames":
+            stop = max((commit.stop for commit in self.sealed.values()), default=0)
+            write_array_metadata(self.paths.array, self.header, stop)
+
+
+def build_ledger(
+    header: StreamHeader,
+    states: IndexStates,
+    duplicate: int,
+    late: int,
+    *,
+    is_terminal: bool,
+    buffered: int = 0,
+) -> StreamLedger:
+    """The ledger that the states of all indices add up to."""
+    stored = states.count(FrameState.stored)
+    return StreamLedger(
+        data_source=header.data_source,
+        planned=header.planned,
+        announced=states.announced,
+        received=stored + buffered,
+        missing=states.count(FrameState.missing),
+        rejected=states.count(FrameState.rejected),
+        pending=states.count(FrameState.pending) - buffered,
+        duplicate=duplicate,
+        late=late,
+        buffered=buffered,
+        stored=stored,
+        ranges=[r for r in states.ranges() if r.state in ("missing", "rejected")],
+        is_terminal=is_terminal,
+    )
+
+
+def missing_frame(
+    header: StreamHeader, states: IndexStates, index: int, *, is_terminal: bool
+) -> FrameMissing | FrameNotYetAvailable:
+    """The error that says why a frame cannot be had."""
+    name = f"frame {index} of {header.experiment}/{header.run}/{header.data_source}"
+    state = states[index]
+    if state in (FrameState.missing, FrameState.rejected):
+        return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")
+    if is_terminal:
+        return FrameMissing(f"{name} does not exist: the run has ended with {states.announced} frames")
+    return FrameNotYetAvailable(
+        f"{name} has not arrived yet ({states.announced} frames so far); follow() waits for frames"
+    )

@@ -1,0 +1,392 @@
+"""Bragg peaks of one frame by radial statistics (peakfinder8, Barty et al. 2014).
+
+Background is taken to depend on the distance from the beam alone. Pixels well above the
+statistics of their ring are candidates; touching candidates form a peak; a peak counts if its
+size and its signal over the noise of its neighbourhood are in bounds.
+
+A `PeakFinder` holds what depends on detector, mask and parameters, and is called per frame;
+it keeps no state between calls and may be shared by threads.
+
+Integer counts from 0 to 255 enter a histogram per ring, and the five rejection passes run over
+that histogram: the same sums as five passes over the pixels, in the time of one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from storage.errors import BadFrame, BadRecipe, ShapeMismatch
+from storage.geometry import Geometry
+
+__all__ = ["PEAK_DTYPE", "PeakFinder", "PeakParams"]
+
+PEAK_DTYPE = np.dtype(
+    [
+        ("x", "f8"),
+        ("y", "f8"),
+        ("intensity", "f4"),
+        ("snr", "f4"),
+        ("n_pixels", "i4"),
+        ("max_value", "f4"),
+        ("background", "f4"),
+        ("panel", "i4"),
+    ]
+)
+N_PASSES = 5
+_HISTOGRAM = 256
+# The spread given to a neighbourhood without any usable pixel, counts; as peakfinder8 has it.
+_EMPTY_SIGMA = 0.01
+
+
+@dataclass(frozen=True)
+class PeakParams:
+    """What counts as a peak; names and meaning as in peakfinder8.
+
+    threshold : counts; a lower bound on the ring's own threshold. Decides where the background is
+        below about one count, and must exceed the count of a lone background photon well.
+    min_snr : both of a pixel over its ring, in standard deviations, and of the peak's summed
+        intensity over the spread of its local background.
+    min_pix_count, max_pix_count : pixels of a peak, both inclusive. Two refuse a single hot pixel.
+    local_bg_radius : px; the background disc has twice this radius.
+    min_res, max_res : px from the beam axis, both inclusive.
+    saturation : largest trustworthy count; brighter pixels are left out. None for none.
+    max_peaks : at most this many are kept, the strongest.
+    sample_per_ring : 0 for statistics from every pixel; otherwise from at most so many of each
+        ring, drawn once per detector (fast mode).
+    """
+
+    threshold: float = 8.0
+    min_snr: float = 5.0
+    min_pix_count: int = 2
+    max_pix_count: int = 200
+    local_bg_radius: int = 3
+    min_res: float = 0.0
+    max_res: float = float("inf")
+    saturation: float | None = None
+    max_peaks: int = 4096
+    sample_per_ring: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pix_count <= self.max_pix_count:
+            raise BadRecipe(f"pixel counts {self.min_pix_count} to {self.max_pix_count} hold none; order them, from 1")
+        if self.min_snr <= 0 or not 1 <= self.local_bg_radius <= 50 or self.max_peaks < 1:
+            raise BadRecipe(
+                f"min_snr {self.min_snr}, local_bg_radius {self.local_bg_radius} and max_peaks {self.max_peaks} "
+                "must be positive, the radius 1 to 50 px"
+            )
+
+
+class PeakFinder:
+    """Peak search prepared for one detector and mask.
+
+    Parameters
+    ----------
+    geometry : panels and where they stand; gives the rings.
+    mask : (slow, fast) of the whole frame, nonzero where a pixel is unusable.
+    params : what counts as a peak.
+    """
+
+    def __init__(self, geometry: Geometry, mask: np.ndarray, params: PeakParams | None = None) -> None:
+        self.params = params or PeakParams()
+        self.shape = mask.shape
+        self._panels = _panel_bounds(geometry, self.shape)
+        self._rings = self._ring_numbers(geometry, np.asarray(mask) != 0)
+        self._n_rings = int(self._rings.max()) + 1
+        self._sample = _sample_of_rings(self._rings, self.params.sample_per_ring)
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """Peaks of one frame.
+
+        Parameters
+        ----------
+        frame : (slow, fast), counts; an integer dtype or float32. The largest value of an
+            unsigned dtype is a detector's mark for unusable, and NaN is too.
+
+        Returns
+        -------
+        (n,) of PEAK_DTYPE, sorted by y then x. x, y: px from the frame's corner, pixel i
+        spanning i to i + 1; intensity: counts above the local background; snr: intensity over the
+        local background's standard deviation; max_value: the largest raw count; background: local
+        mean, counts; panel: index into the geometry's panels. Empty without peaks.
+
+        Raises
+        ------
+        ShapeMismatch : the frame does not have the mask's shape.
+        """
+        if frame.shape != self.shape:
+            raise ShapeMismatch(f"frame {frame.shape} and mask {self.shape} differ; make a finder for this detector")
+        if frame.dtype.kind not in "uif":
+            raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
+        frame = np.ascontiguousarray(frame)
+        largest = self._largest(frame.dtype)
+        mean, upper = self._thresholds(frame, largest)
+        p = self.params
+        capacity = 4 * p.max_peaks
+        rows, n_found = np.empty((capacity, 8)), capacity + 1
+        while n_found > len(rows):
+            rows = rows if n_found == capacity + 1 else np.empty((n_found, 8))
+            used = np.zeros(self.shape, np.uint8)
+            n_found = _search(
+                frame, self._rings, self._panels, mean, upper, largest, used,
+                p.min_snr, p.min_pix_count, p.max_pix_count, p.local_bg_radius, rows,
+            )  # fmt: skip
+        return _as_table(rows[:n_found], p.max_peaks)
+
+    def thresholds(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, upper) of each whole-pixel radius, counts, float64; upper is inf where none is usable."""
+        mean, upper = self._thresholds(np.ascontiguousarray(frame), self._largest(frame.dtype))
+        return mean[1:], upper[1:]
+
+    def _thresholds(self, frame: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
+        values, rings = frame.reshape(-1), self._rings.reshape(-1)
+        if self._sample is not None:
+            values, rings = values[self._sample], rings[self._sample]
+        p = self.params
+        return _ring_thresholds(values, rings, self._n_rings, largest, p.threshold, p.min_snr, frame.dtype.kind != "f")
+
+    def _largest(self, dtype: np.dtype) -> float:
+        """Largest count to use; below the unsigned maximum, which detectors use as a mark."""
+        ceiling = float(np.iinfo(dtype).max) - 1.0 if dtype.kind == "u" else np.inf
+        if dtype == np.uint64:
+            ceiling = float(2**53)
+        return ceiling if self.params.saturation is None else min(ceiling, float(self.params.saturation))
+
+    def _ring_numbers(self, geometry: Geometry, mask: np.ndarray) -> np.ndarray:
+        """(slow, fast) uint16: 1 + whole-pixel radius; 0 where masked, outside the limits or off every panel."""
+        rings = np.zeros(self.shape, np.uint16)
+        for i, panel in enumerate(geometry.panels):
+            y, x = panel.origin
+            radius = geometry.radius_px(i)
+            usable = (radius >= self.params.min_res) & (radius <= self.params.max_res)
+            block = rings[y : y + panel.shape[0], x : x + panel.shape[1]]
+            block[...] = np.where(usable, np.minimum(np.rint(radius), 65000) + 1, 0)
+        rings[mask] = 0
+        return rings
+
+
+def _panel_bounds(geometry: Geometry, shape: tuple[int, ...]) -> np.ndarray:
+    """(panel, 4) int64: y0, y1, x0, x1 of each panel in the frame's array."""
+    bounds = []
+    for panel in geometry.panels:
+        (y, x), (h, w) = panel.origin, panel.shape
+        if y + h > shape[0] or x + w > shape[1]:
+            raise ShapeMismatch(
+                f"panel {panel.name!r} ends at {(y + h, x + w)} outside the mask's {shape}; use this geometry's mask"
+            )
+        bounds.append((y, y + h, x, x + w))
+    return np.array(bounds, np.int64)
+
+
+def _sample_of_rings(rings: np.ndarray, n_per_ring: int) -> np.ndarray | None:
+    """Flat indices of at most n pixels of each ring, sorted; None to use all. Same for the same rings."""
+    if n_per_ring <= 0:
+        return None
+    flat = rings.reshape(-1)
+    order = np.random.default_rng(0).permutation(np.flatnonzero(flat))
+    order = order[np.argsort(flat[order], kind="stable")]
+    starts = np.searchsorted(flat[order], flat[order], side="left")
+    return np.sort(order[np.arange(len(order)) - starts < n_per_ring])
+
+
+def _as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:
+    if len(rows) > max_peaks:
+        rows = rows[np.argsort(-rows[:, 3], kind="stable")[:max_peaks]]
+    rows = rows[np.lexsort((rows[:, 0], rows[:, 1]))]
+    table = np.empty(len(rows), PEAK_DTYPE)
+    for i, name in enumerate(PEAK_DTYPE.names or ()):
+        table[name] = rows[:, i]
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _ring_thresholds(values, rings, n_rings, largest, threshold, min_snr, is_integer):
+    """Mean and upper limit per ring after five passes that leave out what lies outside the limits."""
+    depth = _HISTOGRAM if is_integer else 1
+    histogram = np.zeros((n_rings, depth), np.int32)
+    n_high = _fill_histogram(values, rings, largest, is_integer, histogram)
+    high_value, high_ring = _collect_high(values, rings, largest, is_integer, n_high)
+    lower, upper = np.full(n_rings, -1e9), np.full(n_rings, 1e9)
+    mean = np.zeros(n_rings)
+    for _ in range(N_PASSES):
+        n, total, squares = np.zeros(n_rings), np.zeros(n_rings), np.zeros(n_rings)
+        if is_integer:
+            for r in range(1, n_rings):
+                for v in range(depth):
+                    count = histogram[r, v]
+                    if count and lower[r] < v < upper[r]:
+                        n[r] += count
+                        total[r] += count * v
+                        squares[r] += count * v * v
+        for i in range(n_high):
+            r, v = high_ring[i], high_value[i]
+            if lower[r] < v < upper[r]:
+                n[r] += 1
+                total[r] += v
+                squares[r] += v * v
+        is_settled = True
+        for r in range(1, n_rings):
+            if n[r] == 0:
+                up, low, mean[r] = np.inf, -np.inf, 0.0
+            else:
+                mean[r] = total[r] / n[r]
+                sd = np.sqrt(max(0.0, squares[r] / n[r] - mean[r] * mean[r]))
+                up, low = max(mean[r] + min_snr * sd, threshold), mean[r] - min_snr * sd
+            is_settled = is_settled and up == upper[r] and low == lower[r]
+            upper[r], lower[r] = up, low
+        if is_settled:
+            break
+    upper[0] = np.inf
+    return mean, upper
+
+
+@njit(cache=True, nogil=True)
+def _fill_histogram(values, rings, largest, is_integer, histogram):
+    """Count small integers per ring; return how many usable pixels do not fit in it."""
+    n_high = 0
+    for i in range(values.size):
+        r, v = rings[i], values[i]
+        if r == 0:
+            continue
+        if is_integer and v >= 0 and v < _HISTOGRAM and v <= largest:
+            histogram[r, int(v)] += 1
+        elif v <= largest:
+            n_high += 1
+    return n_high
+
+
+@njit(cache=True, nogil=True)
+def _collect_high(values, rings, largest, is_integer, n_high):
+    """The usable pixels outside the histogram: negative, large, or of a float frame."""
+    high_value, high_ring = np.empty(n_high), np.empty(n_high, np.uint16)
+    k = 0
+    if n_high == 0:
+        return high_value, high_ring
+    for i in range(values.size):
+        r, v = rings[i], values[i]
+        if r != 0 and v <= largest and not (is_integer and v >= 0 and v < _HISTOGRAM):
+            high_value[k], high_ring[k] = v, r
+            k += 1
+    return high_value, high_ring
+
+
+@njit(cache=True, nogil=True)
+def _search(
+    frame, rings, panels, mean, upper, largest, used,
+    min_snr, min_pix, max_pix, bg_radius, rows,
+):  # fmt: skip
+    """Grow, size and measure peaks in raster order; returns how many, of which those that fit are in rows.
+
+    `used` is zeros on entry: 1 for a pixel of a grown peak, kept or not.
+    """
+    n_found = 0
+    stack = np.empty((64, 2), np.int32)
+    member = np.empty((max_pix, 2), np.int32)
+    for p in range(panels.shape[0]):
+        y0, y1, x0, x1 = panels[p]
+        for y in range(y0 + 1, y1 - 1):
+            for x in range(x0 + 1, x1 - 1):
+                v = frame[y, x]
+                if not (v > upper[rings[y, x]] and v <= largest) or used[y, x]:
+                    continue
+                n, stack = _grow(frame, rings, upper, largest, used, y, x, y0, y1, x0, x1, member, stack)
+                if n < min_pix or n > max_pix:
+                    continue
+                if _measure(
+                    frame,
+                    rings,
+                    mean,
+                    upper,
+                    largest,
+                    used,
+                    member[:n],
+                    y0,
+                    y1,
+                    x0,
+                    x1,
+                    bg_radius,
+                    min_snr,
+                    rows,
+                    n_found,
+                ):
+                    if n_found < rows.shape[0]:
+                        rows[n_found, 7] = p
+                    n_found += 1
+    return n_found
+
+
+@njit(cache=True, nogil=True)
+def _grow(frame, rings, upper, largest, used, y, x, y0, y1, x0, x1, member, stack):
+    """Flood fill over 8 neighbours inside the panel; the first pixels that fit are put in `member`."""
+    stack[0, 0], stack[0, 1] = y, x
+    used[y, x] = 1
+    n, top = 0, 1
+    while top:
+        top -= 1
+        cy, cx = stack[top, 0], stack[top, 1]
+        if n < member.shape[0]:
+            member[n, 0], member[n, 1] = cy, cx
+        n += 1
+        for ny in range(max(cy - 1, y0 + 1), min(cy + 2, y1 - 1)):
+            for nx in range(max(cx - 1, x0 + 1), min(cx + 2, x1 - 1)):
+                v = frame[ny, nx]
+                if used[ny, nx] or not (v > upper[rings[ny, nx]] and v <= largest):
+                    continue
+                used[ny, nx] = 1
+                if top == stack.shape[0]:
+                    larger = np.empty((2 * top, 2), np.int32)
+                    larger[:top] = stack
+                    stack = larger
+                stack[top, 0], stack[top, 1] = ny, nx
+                top += 1
+    return n, stack
+
+
+@njit(cache=True, nogil=True)
+def _measure(frame, rings, mean, upper, largest, used, member, y0, y1, x0, x1, bg_radius, min_snr, rows, at):
+    """Background, intensity, SNR and centroid of a grown peak; False where the peak is refused."""
+    total, sum_x, sum_y, peak = 0.0, 0.0, 0.0, -np.inf
+    for i in range(member.shape[0]):
+        y, x = member[i, 0], member[i, 1]
+        v = float(frame[y, x])
+        total += v
+        sum_x += v * x
+        sum_y += v * y
+        peak = max(peak, v)
+    if total <= 0:
+        return False
+    cx, cy = sum_x / total, sum_y / total
+    b, sigma, highest = _background(
+        frame, rings, mean, upper, largest, used, int(np.rint(cy)), int(np.rint(cx)), y0, y1, x0, x1, 2 * bg_radius
+    )
+    intensity = total - b * member.shape[0]
+    snr = intensity / sigma
+    if snr < min_snr or peak < highest:
+        return False
+    if at < rows.shape[0]:
+        rows[at, 0], rows[at, 1] = cx + 0.5, cy + 0.5
+        rows[at, 2], rows[at, 3], rows[at, 4] = intensity, snr, member.shape[0]
+        rows[at, 5], rows[at, 6] = peak, b
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _background(frame, rings, mean, upper, largest, used, cy, cx, y0, y1, x0, x1, radius):
+    """Mean, standard deviation and maximum of the quiet pixels in a disc."""
+    n, total, squares, highest = 0, 0.0, 0.0, -np.inf
+    for y in range(max(cy - radius, y0), min(cy + radius + 1, y1)):
+        for x in range(max(cx - radius, x0), min(cx + radius + 1, x1)):
+            if (y - cy) ** 2 + (x - cx) ** 2 > radius * radius or rings[y, x] == 0 or used[y, x]:
+                continue
+            v = float(frame[y, x])
+            if v > largest or not v <= upper[rings[y, x]]:
+                continue
+            n += 1
+            total += v
+            squares += v * v
+            highest = max(highest, v)
+    if n == 0:
+        return mean[rings[cy, cx]], _EMPTY_SIGMA, -np.inf
+    b = total / n
+    sd = np.sqrt(max(0.0, squares / n - b * b))
+    return b, max(sd, _EMPTY_SIGMA), highest

@@ -8,13 +8,16 @@ Both programs measure pixel positions from the outer corner of the first pixel a
 same laboratory frame as NeXus (z along the beam, y up), so nothing is shifted or mirrored.
 """
 
+import contextlib
+import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Literal, Self
 
 import numpy as np
 
@@ -208,7 +211,7 @@ def geometry_file(
 
 
 class CrystfelStreamWriter:
-    """Writes a CrystFEL stream frame by frame; what is written is flushed and can be read at once.
+    """Writes a CrystFEL stream frame by frame; what is written can be read at once.
 
     Parameters
     ----------
@@ -222,10 +225,13 @@ class CrystfelStreamWriter:
     event_format : of the event line, with {row} for the frame's row in that file.
     indexed_by : CrystFEL's name of the indexer; "file" for results from outside CrystFEL.
     overwrite : replace an existing stream; it is gone at once.
+    resume : go on behind the last whole chunk of an existing stream; what a crash left of a
+        chunk is cut off. :func:`read_stream` says which frames are there.
 
     Raises
     ------
-    BadFrame : geometry unknown, unknown indexer, or audit lines that CrystFEL would refuse.
+    BadFrame : geometry unknown, unknown indexer, audit lines that CrystFEL would refuse, or a
+        stream to resume that began with another preamble.
     OutputExists : the file is there and ``overwrite`` is False.
     StorageFull : the folder cannot be written.
     """
@@ -243,6 +249,7 @@ class CrystfelStreamWriter:
         event_format: str = "//{row}",
         indexed_by: str = "file",
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         self.path = Path(path)
         self.header = header
@@ -258,12 +265,11 @@ class CrystfelStreamWriter:
             geometry_text or geometry_file(header, geometry=self.geometry),
             cell_text,
         )
-        try:
-            self._out: TextIO = self.path.open("w" if overwrite else "x", encoding="utf-8", newline="\n")
-        except FileExistsError as error:
-            raise OutputExists(f"{self.path} exists; choose another name or pass overwrite=True") from error
-        except OSError as error:
-            raise self._refused(error) from error
+        if resume and self.path.exists():
+            _cut_to_whole_chunks(self.path, preamble)
+            self._out = self._open("ab")
+            return
+        self._out = self._open("wb" if overwrite else "xb")
         try:
             self._write(preamble)
         except StorageFull:
@@ -333,11 +339,23 @@ class CrystfelStreamWriter:
         """Close the stream; every frame written is already in it."""
         self._out.close()
 
-    def _write(self, text: str) -> None:
+    def _open(self, mode: Literal["ab", "wb", "xb"]) -> FileIO:
         try:
-            self._out.write(text)
-            self._out.flush()
+            # Unbuffered: a chunk is one write, and nothing is left to fail at close.
+            return self.path.open(mode, buffering=0)
+        except FileExistsError as error:
+            raise OutputExists(f"{self.path} exists; choose another name or pass overwrite=True") from error
         except OSError as error:
+            raise self._refused(error) from error
+
+    def _write(self, text: str) -> None:
+        start, rest = self._out.tell(), memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[self._out.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._out.truncate(start)
             raise self._refused(error) from error
 
     def _refused(self, error: OSError) -> StorageFull:
@@ -624,6 +642,20 @@ def _preamble(audit_lines: Sequence[str], geometry: str, cell: str | None) -> st
     if cell is not None:
         lines += ["----- Begin unit cell -----", cell.rstrip("\n"), "----- End unit cell -----"]
     return "\n".join(lines) + "\n"
+
+
+def _cut_to_whole_chunks(path: Path, preamble: str) -> None:
+    """Cut a stream behind its last whole chunk, if it began as ours would."""
+    head, end = preamble.encode(), b"----- End chunk -----\n"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        if text[: len(head)] != head:
+            raise BadFrame(
+                f"{path} began with another geometry, cell or command line; write a new stream beside it, "
+                "and concatenate only if the geometry is the same"
+            )
+        last = text.rfind(end)
+        size = len(head) if last < 0 else last + len(end)
+    os.truncate(path, size)
 
 
 def _columns(*named: tuple[str, np.ndarray]) -> list[np.ndarray]:

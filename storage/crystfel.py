@@ -266,9 +266,10 @@ class CrystfelStreamWriter:
             cell_text,
         )
         if resume and self.path.exists():
-            _cut_to_whole_chunks(self.path, preamble)
-            self._out = self._open("ab")
-            return
+            if _cut_to_whole_chunks(self.path, preamble):
+                self._out = self._open("ab")
+                return
+            overwrite = True
         self._out = self._open("wb" if overwrite else "xb")
         try:
             self._write(preamble)
@@ -644,18 +645,26 @@ def _preamble(audit_lines: Sequence[str], geometry: str, cell: str | None) -> st
     return "\n".join(lines) + "\n"
 
 
-def _cut_to_whole_chunks(path: Path, preamble: str) -> None:
-    """Cut a stream behind its last whole chunk, if it began as ours would."""
-    head, end = preamble.encode(), b"----- End chunk -----\n"
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        if text[: len(head)] != head:
+def _cut_to_whole_chunks(path: Path, preamble: str) -> bool:
+    """Cut a stream behind its last whole chunk; False if not even its preamble is whole.
+
+    Raises BadFrame, and cuts nothing, if the stream did not begin as this writer would.
+    """
+    head, begin, end = preamble.encode(), b"----- Begin chunk -----\n", b"----- End chunk -----\n"
+    with path.open("rb") as file:
+        found = file.read(len(head) + len(begin))
+        if head.startswith(found):
+            return found == head
+        # Behind the preamble comes a chunk, perhaps torn in its first line, and not a cell.
+        if not (head + begin).startswith(found):
             raise BadFrame(
                 f"{path} began with another geometry, cell or command line; write a new stream beside it, "
                 "and concatenate only if the geometry is the same"
             )
-        last = text.rfind(end)
-        size = len(head) if last < 0 else last + len(end)
-    os.truncate(path, size)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            last = text.rfind(end)
+    os.truncate(path, len(head) if last < 0 else last + len(end))
+    return True
 
 
 def _columns(*named: tuple[str, np.ndarray]) -> list[np.ndarray]:

@@ -166,7 +166,7 @@ class NxmxWriter:
                 else _FileSeries(self._file, self.path, header, frames_per_file, libver, overwrite)
             )
         except BaseException:
-            self._file.close()
+            _abandon(self._file)
             self._part.unlink(missing_ok=True)
             raise
 
@@ -265,8 +265,7 @@ class NxmxWriter:
 
     def discard(self) -> None:
         """Give up: remove what was written so far; an existing file of the final name is untouched."""
-        if self._file:
-            self._file.close()
+        _abandon(self._file)
         self._frames.discard()
         self._part.unlink(missing_ok=True)
 
@@ -466,7 +465,7 @@ class _FileSeries:
             os.replace(_part(self._file_path(k)), self._file_path(k))
 
     def discard(self) -> None:
-        self._close()
+        _abandon(self._open)
         for k in self._started:
             _part(self._file_path(k)).unlink(missing_ok=True)
 
@@ -819,6 +818,17 @@ def _disk(path: Path) -> Iterator[None]:
         raise StorageFull(
             f"cannot write {path}: {error}; check that the folder exists, may be written, and has free space"
         ) from error
+
+
+def _abandon(file: h5py.File | None) -> None:
+    """Close a file that is about to be removed.
+
+    On a full disk HDF5 fails a second time here, over the bytes it still holds; the first
+    error is the one to report, and the file must be removed all the same.
+    """
+    if file:
+        with contextlib.suppress(OSError, RuntimeError):
+            file.close()
 
 
 def _part(path: Path) -> Path:

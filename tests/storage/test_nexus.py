@@ -319,6 +319,40 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, folder):
         NxmxWriter(target / "run.nxs", make_header())
 
 
+# A file size limit stands for a full disk; in a process of its own, as it cannot be raised again.
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from storage.errors import StorageFull
+from storage.models import StreamHeader
+from storage.nexus import NxmxWriter
+header = StreamHeader.model_validate_json(sys.argv[2])
+frame = np.zeros(header.shape, header.dtype).tobytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with NxmxWriter(sys.argv[1], header, frames_per_file=int(sys.argv[3]) or None) as writer:
+        for k in range(50):
+            writer.append(k, frame)
+except StorageFull as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("per_file", ["0", "40"], ids=["one-file", "series"])
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, per_file):
+    header = make_header(codec="raw").model_dump_json()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "run.nxs", header, per_file],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert "run.nxs" in done.stdout
+    assert "has free space" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 # What the field's readers say.
 
 

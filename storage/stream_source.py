@@ -108,7 +108,7 @@ class FolderSource:
         self.folder = folder
         self.header = folder.stream_header(data_source)
         self._paths = folder.stream(data_source)
-        self._states = IndexStates()
+        self.states = IndexStates()
         self._commits: dict[int, ChunkCommit] = {}
         self._journals: dict[int, tuple[int, Journal]] = {}
         self._chunks = SealedChunks(self._paths, self.header)
@@ -119,8 +119,8 @@ class FolderSource:
     def status(self) -> StreamStatus:
         self._refresh()
         return StreamStatus(
-            announced=self._states.announced,
-            watermark=self._states.announced if self._is_terminal else self._states.watermark,
+            announced=self.states.announced,
+            watermark=self.states.announced if self._is_terminal else self.states.watermark,
             n_sealed=len(self._commits),
             is_terminal=self._is_terminal,
         )
@@ -134,7 +134,7 @@ class FolderSource:
     def read(self, start: int, stop: int) -> list[RawFrame]:
         frames: list[RawFrame] = []
         n_bytes = 0
-        for index in self._states.indices(FrameState.stored, start, stop):
+        for index in self.states.indices(FrameState.stored, start, stop):
             frames.append(self.read_one(int(index)))
             n_bytes += frames[-1].nbytes
             if n_bytes >= self._READ_BYTES:
@@ -142,13 +142,13 @@ class FolderSource:
         return frames
 
     def read_one(self, frame_index: int) -> RawFrame:
-        if self._states[frame_index] is not FrameState.stored:
+        if self.states[frame_index] is not FrameState.stored:
             self._refresh()
         chunk = frame_index // self.header.frames_per_chunk
         if chunk in self._journals and frame_index in self._journals[chunk][1].infos:
             return self._journals[chunk][1].read(frame_index)
-        if self._states[frame_index] is not FrameState.stored:
-            raise missing_frame(self.header, self._states, frame_index, is_terminal=self._is_terminal)
+        if self.states[frame_index] is not FrameState.stored:
+            raise missing_frame(self.header, self.states, frame_index, is_terminal=self._is_terminal)
         return self._chunks.read(frame_index)
 
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
@@ -164,7 +164,7 @@ class FolderSource:
 
     def latest(self, after: int, timeout: float | None) -> RawFrame | None:
         for status in self._looks(timeout):
-            newest = self._states.indices(FrameState.stored, after + 1)[-1:]
+            newest = self.states.indices(FrameState.stored, after + 1)[-1:]
             if newest.size:
                 return self.read_one(int(newest[0]))
             if status.is_terminal:
@@ -185,7 +185,7 @@ class FolderSource:
         counters = self._finished or {"duplicate": 0, "late": 0}
         return build_ledger(
             self.header,
-            self._states,
+            self.states,
             counters["duplicate"],
             counters["late"],
             is_terminal=self._finished is not None,
@@ -219,7 +219,7 @@ class FolderSource:
             if chunk not in self._commits:
                 self._adopt(self._paths.read_commit(chunk))
         if self._finished:
-            self._states.announce(self._finished["announced"])
+            self.states.announce(self._finished["announced"])
         self._is_terminal = self._finished is not None or not is_written
 
     def _look_into_journal(self, chunk: int, path: Path) -> None:
@@ -233,13 +233,13 @@ class FolderSource:
             return
         self._journals[chunk] = (size, journal)
         for index in journal.infos:
-            self._states.set(index, index + 1, FrameState.stored)
+            self.states.set(index, index + 1, FrameState.stored)
 
     def _adopt(self, commit: ChunkCommit) -> None:
         self._commits[commit.chunk] = commit
         self._journals.pop(commit.chunk, None)
         for part in commit.ranges:
-            self._states.set(part.start, part.stop, FrameState[part.state], part.cause)
+            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
 
 
 def state_of(folder: RunFolder) -> RunState:

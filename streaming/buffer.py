@@ -1,0 +1,67 @@
+"""The memory between detector and disk: bounded in bytes, shared by all streams.
+
+A frame counts from the moment it is received (`reserve`) until it is evicted. Only frames that
+are journaled can be evicted, oldest first, and only when room is needed. A full buffer makes
+`reserve` wait: producers are pushed back, and of a detector that cannot wait we stop reading.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Hashable
+
+from storage.frame import RawFrame
+
+__all__ = ["FrameBuffer"]
+
+
+class FrameBuffer:
+    """Frames by (stream, index) under one byte budget; safe from any thread."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._frames: dict[Hashable, dict[int, RawFrame]] = {}
+        self._evictable: deque[tuple[Hashable, int]] = deque()
+        self._used = 0
+        self._room = threading.Condition()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    def reserve(self, n_bytes: int, timeout: float) -> bool:
+        """Take room for a frame about to be queued, evicting stored ones; False at the time-out.
+
+        A single frame larger than the whole budget is let in when nothing else is held, so that
+        it cannot block for ever.
+        """
+        with self._room:
+            return self._room.wait_for(lambda: self._make_room(n_bytes), timeout)
+
+    def release(self, n_bytes: int) -> None:
+        """Give back the room of a frame that is not kept (a duplicate, a rejected one)."""
+        with self._room:
+            self._used -= n_bytes
+            self._room.notify_all()
+
+    def keep_stored(self, stream: Hashable, frame: RawFrame) -> None:
+        """Hold a journaled frame, for whose bytes room was reserved, until that room is needed."""
+        with self._room:
+            self._frames.setdefault(stream, {})[frame.info.frame_index] = frame
+            self._evictable.append((stream, frame.info.frame_index))
+            self._room.notify_all()
+
+    def get(self, stream: Hashable, frame_index: int) -> RawFrame | None:
+        """The frame if it is still in memory."""
+        return self._frames.get(stream, {}).get(frame_index)
+
+    def _make_room(self, n_bytes: int) -> bool:
+        while self._used and self._used + n_bytes > self.budget_bytes and self._evictable:
+            stream, index = self._evictable.popleft()
+            frames = self._frames[stream]
+            self._used -= frames.pop(index).nbytes
+            if not frames:
+                del self._frames[stream]
+        if self._used and self._used + n_bytes > self.budget_bytes:
+            return False
+        self._used += n_bytes
+        return True

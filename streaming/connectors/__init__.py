@@ -1,0 +1,1 @@
+"""How frames come in: one module per detector protocol, each a thread with a blocking receive."""

@@ -1,0 +1,270 @@
+"""The connector for DECTRIS detectors that speak stream v2: series in, runs out.
+
+One thread, one PULL socket, blocking receive; the blob that arrives is the blob that is stored.
+One series becomes one run. A detector cannot be made to wait: when the buffer is full the
+thread stops reading, says so, and what the detector then drops is found by its index.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import zmq
+
+from storage.errors import BadFrame, BadName, NearlineError
+from storage.frame import FrameInfo
+from storage.models import StreamHeader
+from storage.names import check_name
+from streaming.connectors.dectris_stream2 import EndMessage, ImageMessage, StartMessage, parse_message
+from streaming.errors import BadMessage
+from streaming.recorder import LiveStream, Recorder
+
+__all__ = ["EigerConnector", "frames_per_chunk"]
+
+log = logging.getLogger("nearline.eiger")
+
+_POLL_MS = 200
+# A header with flat field and mask of a 16M detector is about 140 MB.
+_MAX_MESSAGE_BYTES = 1 << 30
+_RECEIVE_QUEUE = 8
+_CHUNK_S = 2.0
+_CHUNK_BYTES = 1 << 30
+_USER_KEY = "nearline"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A start message that did not say the frames' shape or dtype; the first image does."""
+
+    message: StartMessage
+
+
+class EigerConnector(threading.Thread):
+    """Receives one detector's stream.
+
+    Parameters
+    ----------
+    data_source : name of the detector here, such as ``eiger``; further channels become
+        ``eiger.<channel>``.
+    endpoint : where the detector binds, such as ``tcp://127.0.0.1:31001``.
+    experiment : for series whose header appendix does not name one.
+    """
+
+    def __init__(self, recorder: Recorder, data_source: str, endpoint: str, experiment: str) -> None:
+        super().__init__(name=f"connector-{data_source}", daemon=True)
+        self.data_source = check_name(data_source, "data source")
+        self.endpoint = endpoint
+        self.n_messages = 0
+        self.n_bad_messages = 0
+        self.is_paused = False
+        self._recorder, self._experiment = recorder, experiment
+        self._stopping = threading.Event()
+        self._pending: _Pending | None = None
+        self._complained: set[str] = set()
+
+    def stop(self) -> None:
+        """Stop reading; what was read is already queued."""
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.connect(self.endpoint)
+        try:
+            while not self._stopping.is_set():
+                if socket.poll(_POLL_MS):
+                    self._receive(socket.recv_multipart(copy=False))
+        finally:
+            socket.close()
+
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        self.n_messages += 1
+        try:
+            if len(parts) != 1:
+                raise BadMessage(f"message of {len(parts)} parts; stream v2 sends one (is the format 'legacy'?)")
+            message = parse_message(parts[0].buffer)
+            if isinstance(message, StartMessage):
+                self._start(message)
+            elif isinstance(message, ImageMessage):
+                self._image(message)
+            else:
+                self._end(message)
+        except NearlineError as error:
+            self._reject_message(str(error))
+        except Exception:
+            log.exception("%s: a message could not be handled and was left out", self.data_source)
+            self._reject_message("internal error")
+
+    def _reject_message(self, why: str) -> None:
+        self.n_bad_messages += 1
+        self._recorder.n_rejected_messages += 1
+        # Once a reason: a detector repeats its fault with every frame.
+        if why not in self._complained and len(self._complained) < 1000:
+            self._complained.add(why)
+            log.error("%s: message left out: %s", self.data_source, why)
+
+    # ---- series ---------------------------------------------------------------------------------
+
+    def _start(self, message: StartMessage) -> None:
+        if self._recorder.find_series(message.series.series_unique_id, message.series.series_id):
+            return  # the same header again, after a reconnect
+        self._end_previous()
+        if message.shape is None or message.dtype is None:
+            self._pending = _Pending(message)
+            return
+        self._open_run(message, dict.fromkeys(message.channels, (message.shape, message.dtype, "bslz4")))
+
+    def _end_previous(self) -> None:
+        """A new header without an end message of the series before: the detector was restarted."""
+        self._pending = None
+        for stream in self._mine():
+            self._recorder.finish_stream(stream, aborted="a new series began without an end message")
+
+    def _mine(self) -> list[LiveStream]:
+        return [
+            s
+            for s in self._recorder.streams()
+            if not s.store.is_finished
+            and s.header.series is not None
+            and s.header.data_source.split(".")[0] == self.data_source
+        ]
+
+    def _open_run(self, message: StartMessage, arrays: dict[str, tuple[Any, str, str]]) -> None:
+        wish = _wish(message.user_data)
+        experiment = wish.get("experiment") or self._experiment
+        user_data = {"header_appendix": message.user_data} if message.user_data else {}
+        folder = self._recorder.start_run(experiment, wish.get("run"), sample=wish.get("sample"), user_data=user_data)
+        for channel, (shape, dtype, codec) in arrays.items():
+            header = StreamHeader(
+                experiment=folder.header.experiment,
+                run=folder.header.run,
+                data_source=self._name_of(channel, message.channels),
+                shape=shape,
+                dtype=dtype,
+                codec=codec,
+                frames_per_chunk=frames_per_chunk(message.detector.frame_time, shape, dtype),
+                planned=message.series.number_of_images,
+                detector=message.detector,
+                series=message.series,
+                user_data=user_data,
+            )
+            self._recorder.start_stream(
+                folder,
+                header,
+                pixel_mask=_fitting(message.pixel_masks.get(channel), shape),
+                flatfield=_fitting(message.flatfields.get(channel), shape),
+            )
+
+    def _name_of(self, channel: str, channels: tuple[str, ...]) -> str:
+        return self.data_source if channel == channels[0] else f"{self.data_source}.{channel}"
+
+    def _end(self, message: EndMessage) -> None:
+        streams = self._recorder.find_series(message.series_unique_id, message.series_id)
+        if not streams:
+            raise BadMessage(f"end of series {message.series_id}, which is not being recorded")
+        for stream in streams:
+            self._recorder.finish_stream(stream)
+
+    # ---- frames ---------------------------------------------------------------------------------
+
+    def _image(self, message: ImageMessage) -> None:
+        if self._pending and self._pending.message.series.series_id == message.series_id:
+            start, self._pending = self._pending.message, None
+            self._open_run(start, {n: (a.shape, a.dtype, a.codec) for n, a in message.channels.items()})
+        streams = {
+            s.header.data_source: s for s in self._recorder.find_series(message.series_unique_id, message.series_id)
+        }
+        if not streams:
+            raise BadMessage(
+                f"image of series {message.series_id} before any start message of it; its frames are left out "
+                "until the detector is armed again"
+            )
+        for channel, array in message.channels.items():
+            stream = streams.get(f"{self.data_source}.{channel}") or streams.get(self.data_source)
+            if stream is None:
+                raise BadMessage(f"image of channel {channel!r}, which the start message did not announce")
+            self._take(stream, message, array)
+
+    def _take(self, stream: LiveStream, message: ImageMessage, array: Any) -> None:
+        """Queue one array; one that contradicts its header is rejected by index, with the reason."""
+        header = stream.header
+        info = _frame_info(message)
+        try:
+            if array.shape != header.shape or array.dtype != header.dtype or array.codec != header.codec:
+                raise BadFrame(
+                    f"frame {message.image_id} is {array.shape} {array.dtype} {array.codec}, but its series began as "
+                    f"{header.shape} {header.dtype} {header.codec}; arm the detector again after changing it"
+                )
+            while not self._recorder.submit(stream, [(info, array.blob)]):
+                self._pause()
+                if self._stopping.is_set():
+                    return
+        except BadFrame as error:
+            if 0 <= info.frame_index < max(header.planned, stream.store.states.announced + 1):
+                self._recorder.reject(stream, info.frame_index, str(error))
+            raise
+        self.is_paused = False
+
+    def _pause(self) -> None:
+        if not self.is_paused:
+            log.warning(
+                "%s: the buffer is full and the disk does not keep up; reading is paused, the detector may drop frames",
+                self.data_source,
+            )
+        self.is_paused = True
+
+
+def frames_per_chunk(frame_time: float, shape: tuple[int, ...], dtype: str) -> int:
+    """N of a stream: about 2 s of data, at most 1 GiB of decoded frames, 10 to 1000 frames."""
+    by_time = _CHUNK_S / frame_time if frame_time > 0 else 100.0
+    by_size = _CHUNK_BYTES / max(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
+    return int(min(max(by_time, 10.0), max(by_size, 1.0), 1000.0))
+
+
+def _frame_info(message: ImageMessage) -> FrameInfo:
+    info = FrameInfo(
+        frame_index=message.image_id,
+        start_tick=message.start_tick,
+        stop_tick=message.stop_tick,
+        tick_rate=message.tick_rate,
+        series_id=message.series_id,
+        series_unique_id=message.series_unique_id,
+        series_frame=message.image_id,
+        meta=message.user_data if isinstance(message.user_data, dict) else {},
+    )
+    if message.user_data and not isinstance(message.user_data, dict):
+        info.meta = {"image_appendix": message.user_data}
+    if message.series_date and message.tick_rate and message.start_tick is not None:
+        # Absolute frame time = series_date + start_time (stream v2 documentation).
+        offset = timedelta(microseconds=message.start_tick * 1_000_000 // message.tick_rate)
+        info.utc_ns = int((message.series_date + offset).timestamp() * 1e9)
+        info.utc_source = "series_date"
+    else:
+        info.utc_ns = time.time_ns()
+    return info
+
+
+def _wish(user_data: Any) -> dict[str, Any]:
+    """What the header appendix asks for: ``{"nearline": {"experiment": …, "run": …, "sample": …}}``."""
+    wish = user_data.get(_USER_KEY) if isinstance(user_data, dict) else None
+    if not isinstance(wish, dict):
+        return {}
+    if wish.get("run") is not None and not isinstance(wish["run"], int):
+        raise BadName(f"header appendix asks for run {wish['run']!r}; a run is a whole number")
+    return wish
+
+
+def _fitting(plane: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A mask or flat field that covers the frames; others are reported and left out."""
+    if plane is not None and plane.shape != tuple(shape):
+        log.error("a mask or flat field of shape %s does not cover frames of %s; it is left out", plane.shape, shape)
+        return None
+    return plane

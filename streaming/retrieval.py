@@ -1,0 +1,400 @@
+"""The retrieval API: a run, its streams, their frames; the same objects live, finished and offline.
+
+Open, choose, slice, read; nothing is read until asked. Where the frames come from is the
+business of a `StreamSource`: a running service or a run folder.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from storage.codec import decode
+from storage.errors import FrameMissing, RunNotFound, StreamNotFound
+from storage.frame import FrameInfo, RawFrame
+from storage.geometry import Geometry
+from storage.models import RunHeader, RunState, StreamHeader
+from storage.names import parse_run_key, run_key
+from storage.run_folder import ChunkCommit, RunFolder
+from storage.states import StreamLedger
+from storage.stream_source import FolderSource, StreamSource, StreamStatus, state_of
+from streaming import wire
+from streaming.client import Client, is_reachable
+from streaming.service import DEFAULT_ADDRESS
+from streaming.service_source import ServiceSource
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["Chunk", "Frame", "FrameTimes", "Run", "Stream", "StreamSlice", "open_run"]
+
+log = logging.getLogger("nearline.retrieval")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameTimes:
+    """When a frame was exposed: detector ticks with their rate, and UTC estimates."""
+
+    start_tick: int | None
+    stop_tick: int | None
+    tick_rate: int | None
+    utc: datetime | None
+    utc_source: str
+    received: datetime
+
+
+class Frame:
+    """One frame: its bytes as the detector compressed them, decoded when first touched."""
+
+    def __init__(self, raw: RawFrame, header: StreamHeader, delivery: int = 1) -> None:
+        self._raw, self._header, self.delivery = raw, header, delivery
+
+    @property
+    def frame_index(self) -> int:
+        return self._raw.info.frame_index
+
+    @property
+    def info(self) -> FrameInfo:
+        """The frame's row in the frame table."""
+        return self._raw.info
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Metadata that came with the frame."""
+        return self._raw.info.meta
+
+    @property
+    def blob(self) -> memoryview:
+        """The compressed bytes, exactly as delivered."""
+        return memoryview(self._raw.blob)
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """The pixels, (slow, fast), in the stream's dtype; masked pixels hold the dtype's maximum."""
+        header = self._header
+        if header.kind == "table":
+            raise FrameMissing(f"{header.data_source} is a table: its frames have .meta, but no pixels")
+        return decode(self._raw.blob, header.shape, header.dtype, header.codec)
+
+    @property
+    def times(self) -> FrameTimes:
+        info = self._raw.info
+        return FrameTimes(
+            info.start_tick,
+            info.stop_tick,
+            info.tick_rate,
+            _utc(info.utc_ns) if info.utc_ns is not None else None,
+            info.utc_source,
+            _utc(info.received_ns),
+        )
+
+    def __repr__(self) -> str:
+        return f"<Frame {self.frame_index} of {self._header.data_source}, {self._raw.nbytes} bytes>"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A sealed chunk: frames ``start <= frame_index < stop``, some of which may be missing."""
+
+    stream: "Stream"
+    commit: ChunkCommit
+
+    @property
+    def start(self) -> int:
+        return self.commit.start
+
+    @property
+    def stop(self) -> int:
+        return self.commit.stop
+
+    def frames(self) -> Iterator[Frame]:
+        """Its frames, in index order."""
+        return iter(self.stream[self.start : self.stop])
+
+
+class StreamSlice:
+    """Frames ``start <= frame_index < stop`` of a stream; iterate over it, or take its `array`."""
+
+    def __init__(self, stream: "Stream", start: int, stop: int) -> None:
+        self._stream, self.start, self.stop = stream, start, stop
+
+    def __len__(self) -> int:
+        """Number of indices, missing frames included."""
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames that are there, in index order."""
+        at = self.start
+        while at < self.stop:
+            frames = self._stream.source.read(at, self.stop)
+            if not frames:
+                return
+            for raw in frames:
+                yield Frame(raw, self._stream.header)
+            at = frames[-1].info.frame_index + 1
+
+    @property
+    def array(self) -> "zarr.Array":
+        """The pixels as a lazy Zarr array, (frame, slow, fast); missing frames read as the fill value."""
+        # Zarr takes half a second to import: only those who want an array pay.
+        from storage.array_view import open_view
+
+        return open_view(self._stream.header, self.start, self.stop, self._read_blob)
+
+    def _read_blob(self, frame_index: int) -> bytes | None:
+        try:
+            return bytes(self._stream.source.read_one(frame_index).blob)
+        except FrameMissing:
+            return None
+
+
+class Stream:
+    """One data source of a run: an ordered sequence of frames, live or finished."""
+
+    def __init__(self, source: StreamSource) -> None:
+        self.source = source
+        self.header = source.header
+
+    @property
+    def name(self) -> str:
+        """The data source."""
+        return self.header.data_source
+
+    @property
+    def status(self) -> StreamStatus:
+        return self.source.status()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether frames may still come."""
+        return not self.status.is_terminal
+
+    def __len__(self) -> int:
+        """Frames so far: the highest index known, plus one; includes missing ones."""
+        return self.status.announced
+
+    @overload
+    def __getitem__(self, which: int) -> Frame: ...
+    @overload
+    def __getitem__(self, which: slice) -> StreamSlice: ...
+    def __getitem__(self, which: int | slice) -> Frame | StreamSlice:
+        """Frame ``i``, or a slice of frames; negative numbers count from the present end.
+
+        Raises
+        ------
+        FrameMissing, FrameNotYetAvailable, CorruptFrame
+        """
+        if isinstance(which, slice):
+            if which.step not in (None, 1):
+                raise ValueError(f"slices of a stream go in steps of 1, not {which.step}; slice .array instead")
+            start, stop, _ = which.indices(len(self))
+            return StreamSlice(self, start, stop)
+        index = which + len(self) if which < 0 else which
+        return Frame(self.source.read_one(index), self.header)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """All frames there are now; `follow` also waits for those to come."""
+        return iter(self[:])
+
+    @property
+    def array(self) -> "zarr.Array":
+        """All frames there are now as a lazy Zarr array, (frame, slow, fast)."""
+        return self[:].array
+
+    def follow(self, group: str | None = None, *, start: int = 0, timeout: float | None = None) -> Iterator[Frame]:
+        """Every frame in order, waiting for those to come, until the run has ended.
+
+        Parameters
+        ----------
+        group : share the frames with the other members of this consumer group. Each frame is
+            leased to one member, and acknowledged when the loop comes back for the next.
+        start : first frame index; a group goes on where it was.
+        timeout : stop after so many seconds without a new frame; None waits for ever.
+
+        Raises
+        ------
+        GroupNeedsService : a group was asked for, but this run is a bare folder.
+        """
+        if group is not None:
+            for leased in self.source.follow_group(group, timeout):
+                yield Frame(leased.frame, self.header, leased.delivery)
+            return
+        at = start
+        while True:
+            status = self.source.wait(at, timeout)
+            if status.watermark <= at:
+                return
+            yield from StreamSlice(self, at, status.watermark)
+            at = status.watermark
+
+    def latest(self, after: int = -1, *, timeout: float | None = 0.0) -> Frame | None:
+        """The newest frame with an index above ``after``; waits up to ``timeout`` s for one, then None."""
+        raw = self.source.latest(after, timeout)
+        return None if raw is None else Frame(raw, self.header)
+
+    def chunks(self, *, start: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
+        """Sealed chunks in order, waiting for those to come, until the run has ended."""
+        number = start
+        while (commit := self.source.wait_chunk(number, timeout)) is not None:
+            yield Chunk(self, commit)
+            number += 1
+
+    def ledger(self) -> StreamLedger:
+        """Every frame accounted for."""
+        return self.source.ledger()
+
+    @cached_property
+    def pixel_mask(self) -> np.ndarray | None:
+        """The detector's mask, (slow, fast) uint32, nonzero where a pixel must not be used; None if it sent none."""
+        return self.source.plane("pixel_mask")
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the pixels are; BadFrame if the detector never told distance or wavelength."""
+        if self.header.detector is None or len(self.header.shape) != 2:
+            raise StreamNotFound(f"{self.name} is not a detector's stream and has no geometry")
+        return Geometry.from_header(self.header.detector, (self.header.shape[0], self.header.shape[1]))
+
+    def __repr__(self) -> str:
+        h = self.header
+        what = f"{h.dtype} {h.shape}" if h.kind == "frames" else "table"
+        return f"<Stream {run_key(h.experiment, h.run)}/{h.data_source}: {len(self)} frames, {what}>"
+
+
+class Run:
+    """A run: its header, its state, and its data sources by name."""
+
+    def __init__(self, experiment: str, run: int, client: Client | None, folder: Path | None) -> None:
+        self._client = client
+        self._folder = RunFolder.open(folder) if folder is not None else None
+        content = self._describe(experiment, run)
+        self.header = RunHeader.model_validate(content["header"])
+        self.folder = Path(content["folder"])
+        self._streams: dict[str, Stream] = {}
+
+    @property
+    def name(self) -> str:
+        """As people write it: ``lyso-2026/17``."""
+        return run_key(self.header.experiment, self.header.run)
+
+    @property
+    def state(self) -> RunState:
+        return RunState(self._describe(self.header.experiment, self.header.run)["state"])
+
+    @property
+    def data_sources(self) -> list[str]:
+        """Names of all streams, derived ones included."""
+        return sorted(self._describe(self.header.experiment, self.header.run)["streams"])
+
+    @property
+    def service_address(self) -> str | None:
+        """The service this run is read through; None for a bare folder."""
+        return self._client.address if self._client else None
+
+    def __getitem__(self, data_source: str) -> Stream:
+        """A data source by name.
+
+        Raises
+        ------
+        StreamNotFound : there is none of that name; the message lists those there are.
+        """
+        if data_source not in self._streams:
+            self._streams[data_source] = Stream(self._source(data_source))
+        return self._streams[data_source]
+
+    def __contains__(self, data_source: str) -> bool:
+        return data_source in self.data_sources
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data_sources)
+
+    @property
+    def detector(self) -> Stream:
+        """The run's one primary data source with frames; StreamNotFound if there is none, or several."""
+        streams = self._describe(self.header.experiment, self.header.run)["streams"]
+        primary = [n for n, h in streams.items() if h["kind"] == "frames" and h["parent"] is None and "." not in n]
+        if len(primary) != 1:
+            raise StreamNotFound(f"run {self.name} has {len(primary)} detectors; name one of {sorted(streams)}")
+        return self[primary[0]]
+
+    def ledger(self) -> dict[str, StreamLedger]:
+        """The ledger of each primary data source."""
+        ledgers = {name: self[name].ledger() for name in self.data_sources}
+        return {name: ledger for name, ledger in ledgers.items() if self[name].header.parent is None}
+
+    def _source(self, data_source: str) -> StreamSource:
+        if self._folder is not None:
+            return FolderSource(self._folder, data_source)
+        streams = self._describe(self.header.experiment, self.header.run)["streams"]
+        if data_source not in streams:
+            have = ", ".join(sorted(streams)) or "none yet"
+            raise StreamNotFound(f"run {self.name} has no data source {data_source!r}; it has: {have}")
+        assert self._client is not None
+        return ServiceSource(self._client, StreamHeader.model_validate(streams[data_source]))
+
+    def _describe(self, experiment: str, run: int | None) -> dict[str, Any]:
+        if self._folder is None:
+            assert self._client is not None
+            answer: dict[str, Any] = self._client.connection.ask_json(
+                wire.OpenRun(id=0, experiment=experiment, run=run)
+            )
+            return answer
+        folder = self._folder
+        return {
+            "header": folder.header.model_dump(mode="json"),
+            "state": state_of(folder).value,
+            "folder": str(folder.path.absolute()),
+            "streams": {n: folder.stream_header(n).model_dump(mode="json") for n in folder.data_sources()},
+        }
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name}, {self.state}: {', '.join(self.data_sources) or 'no data sources yet'}>"
+
+
+def open_run(target: str | Path, *, service: str | None = None, root: str | Path | None = None) -> Run:
+    """Open a run, live or finished.
+
+    Parameters
+    ----------
+    target : ``experiment/number``; ``tcp://host:port/experiment/number``; or the path of a run folder.
+    service : address of the service to ask; by default the one on this machine, if it runs.
+    root : data folder to look in when no service answers.
+
+    Raises
+    ------
+    RunNotFound, ServiceUnavailable, BadName
+    """
+    text = str(target)
+    if text.startswith("tcp://"):
+        address, _, key = text.removeprefix("tcp://").partition("/")
+        return _through_service(f"tcp://{address}", key)
+    if (Path(target) / "run.json").exists():
+        return Run("", 0, None, Path(target))
+    if text.startswith((".", "/", "~")):
+        raise RunNotFound(f"no run in {text} (it has no run.json); give a run folder such as data/lyso-2026/17")
+    experiment, number = parse_run_key(text)
+    if service is not None:
+        return _through_service(service, text)
+    if is_reachable(DEFAULT_ADDRESS) and root is None:
+        return _through_service(DEFAULT_ADDRESS, text)
+    folder = Path(root or "nearline-data") / experiment / str(number)
+    if not (folder / "run.json").exists():
+        raise RunNotFound(
+            f"no run {text}: no service answers at {DEFAULT_ADDRESS}, and {folder} is not a run folder; "
+            "start `nearline serve`, or give the folder's path"
+        )
+    return Run(experiment, number, None, folder)
+
+
+def _through_service(address: str, key: str) -> Run:
+    experiment, number = parse_run_key(key)
+    return Run(experiment, number, Client(address), None)
+
+
+def _utc(ns: int) -> datetime:
+    return datetime.fromtimestamp(ns / 1e9, UTC)

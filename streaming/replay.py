@@ -33,6 +33,7 @@ from streaming.simulator.dectris import (
     DectrisStreamSender,
     Progress,
     SenderSettings,
+    finish,
     nearline_user_data,
     send_images,
 )
@@ -162,7 +163,7 @@ def replay(
     preload : read and encode everything before the first message, to hold a rate that reading cannot.
     threads : that read ahead; None is one per core.
     progress : called with (stage, done, total).
-    stop : when set, the series ends early with its end message.
+    stop : looked at between frames; when set, the series ends early with its end message.
     on_bound : called with the bound endpoint before anything is sent.
 
     Raises
@@ -201,7 +202,7 @@ def replay(
             unique_ids.append(sender.series_unique_id)
             n_sent += send_images(sender, images(), rate=settings.rate, total=series.n_images, progress=progress)
             sender.send_end()
-        sender.flush()
+        finish(sender)
         seconds = time.monotonic() - started
     return SeriesSent(sender.endpoint, len(unique_ids), n_sent, n_bytes, seconds, tuple(unique_ids))
 

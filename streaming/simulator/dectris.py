@@ -13,6 +13,7 @@ import errno
 import secrets
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -33,6 +34,7 @@ __all__ = [
     "PreparedImage",
     "Progress",
     "SenderSettings",
+    "finish",
     "nearline_user_data",
     "send_images",
 ]
@@ -120,7 +122,7 @@ class DectrisStreamSender:
         self._socket.copy_threshold = 0
         self.receiver_timeout = receiver_timeout
         self.report = report or (lambda sentence: None)
-        self._last: zmq.MessageTracker | None = None
+        self._in_flight: deque[zmq.MessageTracker] = deque()
         self._series: _Series | None = None
         try:
             self._socket.bind(bind)
@@ -237,11 +239,10 @@ class DectrisStreamSender:
         self._series = None
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until every message has left for the receiver; False when ``timeout`` s were not enough."""
-        if self._last is None:
-            return True
+        """Wait until every message has left for the receiver; False when one took longer than ``timeout`` s."""
         try:
-            self._last.wait(-1 if timeout is None else timeout)
+            for tracker in self._in_flight:
+                tracker.wait(-1 if timeout is None else timeout)
         except zmq.NotDone:
             return False
         return True
@@ -265,7 +266,9 @@ class DectrisStreamSender:
             except zmq.Again:  # the receiver left between the two calls
                 continue
             assert tracker is not None
-            self._last = tracker
+            self._in_flight.append(tracker)
+            while self._in_flight[0].done and len(self._in_flight) > 1:
+                self._in_flight.popleft()
             return tracker
 
     def _wait_until_writable(self, sentence: str) -> None:
@@ -291,6 +294,20 @@ class DectrisStreamSender:
                     f"a message at {self.endpoint} has not left for {waited:.1f} s; is the receiver still running?"
                 )
             time.sleep(1e-4)
+
+
+def finish(sender: DectrisStreamSender) -> None:
+    """Wait for the last messages to leave.
+
+    Raises
+    ------
+    ServiceUnavailable : the receiver took none of them for ``receiver_timeout`` s.
+    """
+    if not sender.flush(sender.receiver_timeout):
+        raise ServiceUnavailable(
+            f"the receiver at {sender.endpoint} took no message for {sender.receiver_timeout} s; "
+            "the end of the series is lost. Restart the receiver, then send again"
+        )
 
 
 def send_images(

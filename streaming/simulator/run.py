@@ -22,6 +22,7 @@ from streaming.simulator.dectris import (
     PreparedImage,
     Progress,
     SenderSettings,
+    finish,
     nearline_user_data,
     send_images,
 )
@@ -140,7 +141,8 @@ def simulate(
     ----------
     progress : called with (stage, done, total); stages are "making frames", "sending", and a sentence
         with (0, 0) whenever the sender has to wait.
-    stop : when set, the series ends early with its end message, as after a detector's cancel.
+    stop : looked at between frames; when set, the series ends early with its end message, as after a
+        detector's cancel.
     on_bound : called with the bound endpoint before anything is sent; for port * and tests.
 
     Raises
@@ -248,7 +250,7 @@ def _send_repeatedly(
         n_bytes += sum(len(prepared[i % len(prepared)].buffer) for i in range(sent))
         n_sent += sent
         sender.send_end()
-    sender.flush()
+    finish(sender)
     seconds = time.monotonic() - started
     return SeriesSent(sender.endpoint, len(unique_ids), n_sent, n_bytes, seconds, tuple(unique_ids))
 

@@ -12,11 +12,12 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
+import zmq
 
 from storage.codec import encode
 from storage.errors import BadFrame, ProtocolError, ServiceUnavailable, ShapeMismatch
 from streaming.simulator import DectrisStreamSender, default_detector
-from streaming.simulator.dectris import CLOCK_HZ, nearline_user_data, send_images
+from streaming.simulator.dectris import CLOCK_HZ, finish, nearline_user_data, send_images
 
 from .dectris_client import Receiver, decode, tag_hook
 
@@ -231,6 +232,27 @@ def test_nobody_connecting_in_time_is_an_error():
     expected = pytest.raises(ServiceUnavailable, match="nearline serve")
     with DectrisStreamSender(FREE_PORT, receiver_timeout=0.1) as sender, expected:
         sender.wait_for_receiver()
+
+
+def test_a_receiver_that_hangs_at_the_end_is_reported():
+    """Connected, but never reading: the queues fill, and what is left in them is not called sent."""
+    large = np.random.default_rng(0).integers(0, 2**16, (2000, 2000)).astype("uint16")
+    with DectrisStreamSender(FREE_PORT, receiver_timeout=0.4, high_water_mark=4) as sender:
+        context = zmq.Context()
+        hung = context.socket(zmq.PULL)
+        hung.set(zmq.RCVHWM, 1)
+        hung.connect(sender.endpoint)
+        try:
+            sender.send_start(default_detector(large.shape), large.shape, "uint16", 3)
+            for i in range(3):
+                sender.send_image(i, encode(large, "raw"))
+            assert not sender.flush(0.2)
+            with pytest.raises(ServiceUnavailable, match="took no message"):
+                finish(sender)
+            sender.close(linger=0)
+        finally:
+            hung.close(linger=0)
+            context.term()
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ class Indexer:
         best = 0.0
         for t in (0.06, 0.09, 0.13, 0.18, self.params.tolerance):
             tail = _log10_binomial_tail(int((off <= t).sum()), len(off), (2 * t) ** 3)
-            trials = np.log10(8 * np.pi**2) + 3 * np.log10(max(reach / (2 * t), 1.0)) + 0.5 * n_free + 0.7
+            trials = np.log10(8 * np.pi**2) + 3 * np.log10(max(reach / (2 * t), 1.0)) + 0.7 * n_free + 1.0
             best = min(best, float(tail + trials))
         return best
 
@@ -475,7 +475,7 @@ def _best_turns(q, rows, axis, n_turns):
         for p in range(n_turns):
             gain = np.float32(1) - off[p] / clip
             score[p] += gain if gain > 0 else np.float32(0)
-    first = np.argmax(score)
+    first = int(np.argmax(score))
     second, value = first, np.float32(-1)
     for p in range(n_turns):
         apart = abs(p - first)

@@ -49,6 +49,14 @@ _SELF_DESCRIBED = 55799
 _SELF_DESCRIBED_BYTES = b"\xd9\xd9\xf7"
 _TYPED_ARRAY_TAG = {"uint8": 64, "uint16": 69, "uint32": 70, "float32": 85}
 _POLL_MS = 250
+# None in a header means that nobody said; a detector's False would be a statement.
+_SAID_IF_KNOWN = (
+    "countrate_correction_enabled",
+    "flatfield_enabled",
+    "pixel_mask_enabled",
+    "saturation_value",
+    "virtual_pixel_interpolation_enabled",
+)
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
@@ -402,7 +410,6 @@ def _start_fields(detector: DetectorHeader, series: _Series, number_of_images: i
         "beam_center_y": detector.beam_center_y,
         "channels": list(series.channels),
         "count_time": detector.count_time,
-        "countrate_correction_enabled": bool(detector.countrate_correction_enabled),
         "detector_description": detector.description,
         "detector_serial_number": detector.serial_number,
         # there is no distance key: x and y are the beam centre in m, z the negative distance
@@ -411,7 +418,6 @@ def _start_fields(detector: DetectorHeader, series: _Series, number_of_images: i
             detector.beam_center_y * detector.pixel_size_y,
             -detector.detector_distance,
         ],
-        "flatfield_enabled": bool(detector.flatfield_enabled),
         "frame_time": detector.frame_time,
         "goniometer": {axis: {"increment": 0.0, "start": 0.0} for axis in ("chi", "omega", "phi")},
         "image_dtype": series.dtype,
@@ -420,16 +426,16 @@ def _start_fields(detector: DetectorHeader, series: _Series, number_of_images: i
         "incident_energy": detector.incident_energy,
         "incident_wavelength": detector.incident_wavelength,
         "number_of_images": number_of_images,
-        "pixel_mask_enabled": bool(detector.pixel_mask_enabled),
         "pixel_size_x": detector.pixel_size_x,
         "pixel_size_y": detector.pixel_size_y,
         "sensor_material": detector.sensor_material,
         "sensor_thickness": detector.sensor_thickness,
         "user_data": user_data,
-        "virtual_pixel_interpolation_enabled": bool(detector.virtual_pixel_interpolation_enabled),
     }
-    if detector.saturation_value is not None:
-        message["saturation_value"] = detector.saturation_value
+    for name in _SAID_IF_KNOWN:
+        value = getattr(detector, name)
+        if value is not None:
+            message[name] = value
     if detector.threshold_energy is not None:
         message["threshold_energy"] = dict.fromkeys(series.channels, detector.threshold_energy)
     return message

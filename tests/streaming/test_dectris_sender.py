@@ -16,6 +16,7 @@ import zmq
 
 from storage.codec import encode
 from storage.errors import BadFrame, ProtocolError, ServiceUnavailable, ShapeMismatch
+from storage.models import DetectorHeader
 from streaming.simulator import DectrisStreamSender, default_detector
 from streaming.simulator.dectris import CLOCK_HZ, finish, nearline_user_data, send_images
 
@@ -100,6 +101,13 @@ def test_start_message_says_what_the_detector_is():
 def test_basic_header_has_no_arrays():
     start = exchange(send_series(header_detail="basic"))[0][0]
     assert not {"pixel_mask", "flatfield"} & set(start)
+
+
+def test_what_a_header_does_not_know_is_not_said():
+    start = exchange(send_series(detector=DetectorHeader()))[0][0]
+    assert not {name for name in start if name.endswith("_enabled")} | {"saturation_value", "threshold_energy"} & set(
+        start
+    )
 
 
 def test_every_message_names_its_series():

@@ -10,11 +10,12 @@ import bz2
 import contextlib
 import glob
 import gzip
+import itertools
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from storage.geometry import energy_from_wavelength, wavelength_from_energy
 from storage.models import DetectorHeader
 from streaming.simulator.dectris import (
     DectrisStreamSender,
+    PreparedImage,
     Progress,
     SenderSettings,
     finish,
@@ -58,6 +60,7 @@ _TIME_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _NO_UNIT = {"": 1.0}
 
 Codec = Literal["bslz4", "lz4"]
+_Image = tuple[int, bytes | PreparedImage, dict[str, Any] | None]  # image_id, image, user_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,26 +188,23 @@ def replay(
             on_bound(sender.endpoint)
         held = _preload(series, threads, tell) if preload else None
         sender.wait_for_receiver()
-        started, unique_ids, n_sent, n_bytes = time.monotonic(), [], 0, 0
-
-        def images() -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-            nonlocal n_bytes
-            for frame in held if held is not None else _frames_ahead(series, threads):
-                if stop is not None and stop.is_set():
-                    return
-                n_bytes += len(frame.blob)
-                yield frame.index, frame.blob, frame.user_data
-
+        started, unique_ids, n_sent = time.monotonic(), [], 0
+        prepared: list[_Image] = []
         for repeat in range(settings.repeat):
             if stop is not None and stop.is_set():
                 break
             _send_start(sender, series, settings, repeat)
             unique_ids.append(sender.series_unique_id)
-            n_sent += send_images(sender, images(), rate=settings.rate, total=series.n_images, progress=progress)
+            if held and not prepared:
+                prepared = [(f.index, sender.prepare_image(f.blob, f.user_data), None) for f in held]
+                held.clear()
+                started = time.monotonic()
+            images = _until_stopped(prepared or _images_ahead(series, threads), stop)
+            n_sent += send_images(sender, images, rate=settings.rate, total=series.n_images, progress=progress)
             sender.send_end()
         finish(sender)
         seconds = time.monotonic() - started
-    return SeriesSent(sender.endpoint, len(unique_ids), n_sent, n_bytes, seconds, tuple(unique_ids))
+    return SeriesSent(sender.endpoint, len(unique_ids), n_sent, sender.n_bytes_sent, seconds, tuple(unique_ids))
 
 
 def _send_start(sender: DectrisStreamSender, series: ReplaySeries, settings: SenderSettings, repeat: int) -> None:
@@ -231,6 +231,14 @@ def _frames_ahead(series: ReplaySeries, threads: int | None) -> Iterator[ReplayF
 
     frames = map_ahead(encoded, range(series.n_images), threads=threads)
     return (frame for frame in frames if frame is not None)
+
+
+def _images_ahead(series: ReplaySeries, threads: int | None) -> Iterator[_Image]:
+    return ((frame.index, frame.blob, frame.user_data) for frame in _frames_ahead(series, threads))
+
+
+def _until_stopped(images: Iterable[_Image], stop: threading.Event | None) -> Iterator[_Image]:
+    return itertools.takewhile(lambda image: stop is None or not stop.is_set(), images)
 
 
 def _preload(series: ReplaySeries, threads: int | None, tell: Progress) -> list[ReplayFrame]:

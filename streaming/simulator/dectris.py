@@ -96,7 +96,7 @@ class PreparedImage:
 
     def __init__(self, head_bytes: int, tail: Sequence[Buffer], n_keys: int):
         self.head_bytes, self.n_keys = head_bytes, n_keys
-        self.buffer = bytearray(b"".join([bytes(head_bytes), *(memoryview(part) for part in tail)]))
+        self.buffer = bytearray().join([bytes(head_bytes), *(memoryview(part) for part in tail)])
         self.tracker: zmq.MessageTracker | None = None
 
 
@@ -130,6 +130,7 @@ class DectrisStreamSender:
         self._socket.copy_threshold = 0
         self.receiver_timeout = receiver_timeout
         self.report = report or (lambda sentence: None)
+        self.n_bytes_sent = 0
         self._in_flight: deque[zmq.MessageTracker] = deque()
         self._series: _Series | None = None
         try:
@@ -266,7 +267,7 @@ class DectrisStreamSender:
             raise ProtocolError("no series is open; call send_start first")
         return self._series
 
-    def _push(self, message: Buffer) -> zmq.MessageTracker:
+    def _push(self, message: bytes | bytearray) -> zmq.MessageTracker:
         while True:
             self._wait_until_writable(f"the receiver at {self.endpoint} is slow or gone; waiting")
             try:
@@ -274,6 +275,7 @@ class DectrisStreamSender:
             except zmq.Again:  # the receiver left between the two calls
                 continue
             assert tracker is not None
+            self.n_bytes_sent += len(message)
             self._in_flight.append(tracker)
             while self._in_flight[0].done and len(self._in_flight) > 1:
                 self._in_flight.popleft()

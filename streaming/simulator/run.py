@@ -224,7 +224,7 @@ def _send_repeatedly(
     stop: threading.Event | None,
 ) -> SeriesSent:
     prepared: list[PreparedImage] = []
-    unique_ids, n_sent, n_bytes, started = [], 0, 0, time.monotonic()
+    unique_ids, n_sent, started = [], 0, time.monotonic()
     for series in range(settings.repeat):
         if stop is not None and stop.is_set():
             break
@@ -246,13 +246,11 @@ def _send_repeatedly(
             blobs.clear()
             started = time.monotonic()
         images = ((i, prepared[i % len(prepared)], None) for i in _until(stop, settings.n_frames))
-        sent = send_images(sender, images, rate=settings.rate, total=settings.n_frames, progress=progress)
-        n_bytes += sum(len(prepared[i % len(prepared)].buffer) for i in range(sent))
-        n_sent += sent
+        n_sent += send_images(sender, images, rate=settings.rate, total=settings.n_frames, progress=progress)
         sender.send_end()
     finish(sender)
     seconds = time.monotonic() - started
-    return SeriesSent(sender.endpoint, len(unique_ids), n_sent, n_bytes, seconds, tuple(unique_ids))
+    return SeriesSent(sender.endpoint, len(unique_ids), n_sent, sender.n_bytes_sent, seconds, tuple(unique_ids))
 
 
 def _until(stop: threading.Event | None, n_frames: int) -> Iterator[int]:

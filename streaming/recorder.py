@@ -40,6 +40,7 @@ _TICK_S = 0.25
 # A source that never said how many frames come may not leave out more than this at once: every
 # frame left out is accounted for, so a nonsensical index would cost memory and files.
 _LONGEST_JUMP = 100_000
+_DERIVED_IDLE_S = 3600.0
 # Finished streams that stay open for readers; older ones are read from their folder again.
 _KEEP_FINISHED = 16
 
@@ -350,8 +351,12 @@ class Recorder:
                 self._on_change(stream.key)
             if stream.unfinished is not None:
                 self._finish(stream, *stream.unfinished)
-            elif now - stream.last_activity > self._idle_timeout_s:
-                self._finish(stream, 0, f"no message for {self._idle_timeout_s:g} s")
+            elif now - stream.last_activity > self._patience(stream):
+                self._finish(stream, 0, f"no message for {self._patience(stream):g} s")
+
+    def _patience(self, stream: LiveStream) -> float:
+        """Analysis may pause for longer than a detector."""
+        return self._idle_timeout_s if stream.header.parent is None else _DERIVED_IDLE_S
 
     def _finish(self, stream: LiveStream, announced: int, aborted: str | None) -> None:
         if stream.store.is_finished:

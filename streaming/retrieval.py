@@ -31,6 +31,8 @@ from streaming.service_source import ServiceSource
 if TYPE_CHECKING:
     import zarr
 
+    from storage.step_store import Processing
+
 __all__ = ["Chunk", "Frame", "FrameTimes", "Run", "Stream", "StreamSlice", "open_run"]
 
 log = logging.getLogger("nearline.retrieval")
@@ -62,6 +64,11 @@ class Frame:
     def info(self) -> FrameInfo:
         """The frame's row in the frame table."""
         return self._raw.info
+
+    @property
+    def raw(self) -> RawFrame:
+        """Row and bytes together, as storage and steps know them."""
+        return self._raw
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -326,6 +333,14 @@ class Run:
         """The ledger of each primary data source."""
         ledgers = {name: self[name].ledger() for name in self.data_sources}
         return {name: ledger for name, ledger in ledgers.items() if self[name].header.parent is None}
+
+    @property
+    def processings(self) -> dict[str, "Processing"]:
+        """Processings by id, oldest first; their tables are read from the run's folder."""
+        # Parquet takes a while to import: only those who want tables pay.
+        from storage.step_store import find_processings
+
+        return find_processings(self.folder)
 
     def _source(self, data_source: str) -> StreamSource:
         if self._folder is not None:

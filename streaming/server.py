@@ -444,6 +444,9 @@ class Server(threading.Thread):
                 f"run {run_key(header.experiment, header.run)} has ended; start a new run for new frames"
             )
         mask = _mask_of(p.parts, header)
+        live = self._recorder.find((header.experiment, header.run, header.data_source))
+        if live is not None and live.header == header and not live.store.is_finished:
+            return wire.Done(id=p.request.id), _NO_PAYLOAD  # a producer that comes back
         try:
             self._recorder.start_stream(folder, header, pixel_mask=mask)
         except FileExistsError as error:

@@ -128,8 +128,10 @@ class Indexer:
         Accepted lattices, the one that explains most first; empty when there is none.
         """
         q = np.ascontiguousarray(q, float).reshape(-1, 3)
-        usable = np.isfinite(q).all(axis=1)
-        left = np.flatnonzero(usable)[np.argsort(np.linalg.norm(q[usable], axis=1), kind="stable")]
+        length = np.linalg.norm(q, axis=1)
+        # What lies at the beam itself fits every lattice and tells nothing.
+        left = np.flatnonzero(np.isfinite(length) & (length > _BEAM))
+        left = left[np.argsort(length[left], kind="stable")]
         found: list[Crystal] = []
         while len(found) < self.params.max_lattices and len(left) >= self.params.min_indexed:
             crystal = self._one_lattice(q[left], None if intensity is None else np.asarray(intensity)[left], found)
@@ -142,6 +144,7 @@ class Indexer:
 
     def _one_lattice(self, q: np.ndarray, intensity: np.ndarray | None, known: list[Crystal]) -> Crystal | None:
         search = self._search_spots(q, intensity)
+        accepted: list[Crystal] = []
         for scale in self.params.length_scales:
             starts = [self._settled(search, start) for start in self._starts(search, scale)]
             starts.sort(key=lambda s: -s.n_used)
@@ -149,8 +152,11 @@ class Indexer:
             new = [c for c in refined if c is not None and not any(self._is_same(c, other) for other in known)]
             best = min(new, key=lambda c: c.log10_chance, default=None)
             if best is not None and self._is_accepted(best):
-                return best
-        return None
+                accepted.append(best)
+                # A long axis taken at a wrong length explains part of the spots; another scale may explain all.
+                if best.n_indexed >= _CONVINCING * best.n_spots:
+                    break
+        return min(accepted, key=lambda c: c.log10_chance, default=None)
 
     def _search_spots(self, q: np.ndarray, intensity: np.ndarray | None) -> np.ndarray:
         n = self.params.n_search_spots
@@ -180,7 +186,9 @@ class Indexer:
     def _refined(self, q: np.ndarray, start: "_Start") -> Crystal | None:
         """Refined outward: more spots each time, so that far indices are right before they count."""
         p = self.params
-        for n in (3 * p.n_search_spots, p.max_spots):
+        n, last = p.n_search_spots, min(p.max_spots, len(q))
+        while n < last:
+            n = min(int(_GROWTH * n), last)
             start = _Start(*self._refine(q[:n], start))
             if start.n_used < min(p.min_indexed, 6):
                 return None
@@ -261,8 +269,12 @@ class _Start:
 
 _N_STARTS = 16
 _N_REFINED = 3
+# Explained fraction with which the search ends, and growth of the spots used from one refinement to the next.
+_CONVINCING, _GROWTH = 0.6, 1.6
 _N_VECTORS = 32
 _N_CYCLES = 12
+# 1/Å; no crystal here has a cell edge of 1 µm.
+_BEAM = 1e-4
 # Two lattices closer than this are one crystal with a wide mosaic spread.
 _SAME_LATTICE_DEG = 1.5
 # Distance from a whole index beyond which a spot tells nothing in the searches.

@@ -1,0 +1,62 @@
+"""Pictures of frames for people: what was found, drawn on what was seen."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from storage.models import StreamHeader
+from tasks.bin_frames import MARKED, bin_frame
+
+__all__ = ["draw_frame"]
+
+_WIDTH_PX = 700
+
+
+def draw_frame(
+    path: Path,
+    frame: np.ndarray,
+    mask: np.ndarray,
+    header: StreamHeader,
+    title: str,
+    peaks: pa.Table,
+    reflections: pa.Table | None = None,
+) -> Path:
+    """A frame with its peaks (circles) and predicted reflections (squares) as a PNG.
+
+    frame, mask : (slow, fast). peaks, reflections : tables with x, y in px.
+    """
+    factor = max(1, -(-frame.shape[1] // _WIDTH_PX))
+    sums, _ = bin_frame(frame, mask, factor, None)
+    image = np.where(sums == MARKED, np.nan, sums / factor**2)
+    figure, axes = plt.subplots(figsize=(7, 7 * frame.shape[0] / frame.shape[1] + 0.4), dpi=100)
+    low, high = np.nanpercentile(image, [1, 99.7]) if np.isfinite(image).any() else (0, 1)
+    extent = (0, sums.shape[1] * factor, sums.shape[0] * factor, 0)
+    colours = plt.get_cmap("gray_r").copy()
+    colours.set_bad("#cfd8e6")
+    axes.imshow(image, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="nearest")
+    if reflections is not None and len(reflections):
+        axes.scatter(
+            reflections["x"],
+            reflections["y"],
+            s=34,
+            marker="s",
+            facecolors="none",
+            edgecolors="#1f77b4",
+            linewidths=0.6,
+        )
+    axes.scatter(peaks["x"], peaks["y"], s=46, facecolors="none", edgecolors="#d62728", linewidths=0.9)
+    if header.detector is not None:
+        axes.plot(header.detector.beam_center_x, header.detector.beam_center_y, "+", color="#2ca02c", markersize=9)
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.tight_layout(pad=0.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path

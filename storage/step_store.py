@@ -1,0 +1,229 @@
+"""Outputs of steps, addressed by what went into them; and processings, which are lists of such outputs.
+
+``steps/<digest>/`` holds the tables of one step on one chunk. The digest is over everything the
+result depends on, so an output is never overwritten: it is there, or it is computed. A
+processing is a manifest: for each chunk the digests of its steps.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from storage.errors import NearlineError, RunNotFound
+from storage.files import publish, replace, sync_folder
+from storage.models import Model
+from storage.names import check_name
+
+__all__ = ["ChunkManifest", "Manifest", "Processing", "ProcessingBusy", "StepStore", "Tables", "find_processings"]
+
+Tables = dict[str, pa.Table]
+
+
+class ProcessingBusy(NearlineError):
+    """Another process works on this processing; the message says which one."""
+
+
+class StepStore:
+    """The ``steps/`` folder of a run."""
+
+    def __init__(self, run: Path) -> None:
+        self._root = run / "steps"
+
+    def load(self, digest: str) -> Tables | None:
+        """The tables of a step output, or None if it has not been computed."""
+        folder = self._root / digest
+        if not (folder / "step.json").exists():
+            return None
+        return {path.stem: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))}
+
+    def read(self, digest: str, table: str) -> pa.Table | None:
+        """One table of a step output; None if the step makes no such table."""
+        path = self._root / digest / f"{table}.parquet"
+        return pq.read_table(path) if path.exists() else None
+
+    def save(self, digest: str, key: dict[str, Any], tables: Tables) -> None:
+        """Publish a step's tables in one step, with what they were computed from."""
+        aside = self._root / f".{digest}.{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, table in tables.items():
+            pq.write_table(table, aside / f"{check_name(name, 'table')}.parquet", compression="zstd")
+        (aside / "step.json").write_text(json.dumps(key, indent=1, sort_keys=True, default=str))
+        try:
+            aside.rename(self._root / digest)
+        except OSError:  # someone else was faster; the same digest means the same content
+            shutil.rmtree(aside)
+            return
+        sync_folder(self._root)
+
+
+class ChunkManifest(Model):
+    """What a processing made of one chunk."""
+
+    chunk: int
+    start: int
+    stop: int
+    chunk_digest: str
+    steps: dict[str, str] = Field(description="step name → digest, in the recipe's order")
+    n_frames: int
+    n_hits: int
+    n_indexed: int
+    seconds: dict[str, float] = Field(default_factory=dict, description="step name → wall time, s; 0 when reused")
+
+
+class Manifest(Model):
+    """A processing as it was asked for, and where it came from."""
+
+    processing: str
+    data_source: str
+    recipe: dict[str, Any]
+    recipe_digest: str
+    started_at: datetime
+    versions: dict[str, str]
+    host: str = ""
+    flow_run_id: str | None = None
+    flow_run_url: str | None = None
+
+
+class Processing:
+    """One processing of a run: ``processed/<id>/``."""
+
+    def __init__(self, run: Path, processing: str) -> None:
+        self.run, self.name = run, check_name(processing, "processing")
+        self.folder = run / "processed" / processing
+        self._steps = StepStore(run)
+
+    @classmethod
+    def create(cls, run: Path, manifest: Manifest) -> "Processing":
+        """Begin a processing; FileExistsError if that id is taken."""
+        processing = cls(run, manifest.processing)
+        if not publish(processing.folder / "manifest.json", manifest.model_dump_json(indent=1).encode()):
+            raise FileExistsError(f"processing {manifest.processing} exists already in {run}")
+        return processing
+
+    @property
+    def manifest(self) -> Manifest:
+        try:
+            return Manifest.model_validate_json((self.folder / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            raise RunNotFound(f"no processing {self.name} in {self.run}; `nearline process` makes one") from None
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What came out, once finished."""
+        path = self.folder / "summary.json"
+        content: dict[str, Any] | None = json.loads(path.read_bytes()) if path.exists() else None
+        return content
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Record the end, with what came out; a resumed processing replaces its summary."""
+        content = summary | {"finished_at": datetime.now(UTC).isoformat()}
+        replace(self.folder / "summary.json", json.dumps(content, indent=1, default=str).encode())
+
+    def claim(self) -> int:
+        """Become the one process that works on this; the claim ends with the process (or `os.close`).
+
+        Raises
+        ------
+        ProcessingBusy : somebody else has it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.folder / "claim", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            who = os.pread(fd, 200, 0).decode(errors="replace")
+            os.close(fd)
+            raise ProcessingBusy(
+                f"processing {self.name} of {self.run} is being worked on by {who or 'another process'}; "
+                "wait for it, or process with another recipe"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"pid {os.getpid()}".encode(), 0)
+        return fd
+
+    def add_chunk(self, chunk: ChunkManifest) -> None:
+        """Record a chunk as done."""
+        publish(self._chunk_path(chunk.chunk), chunk.model_dump_json(indent=1).encode())
+
+    def chunk(self, number: int) -> ChunkManifest | None:
+        """What was made of a chunk, or None if it has not been processed."""
+        path = self._chunk_path(number)
+        return ChunkManifest.model_validate_json(path.read_bytes()) if path.exists() else None
+
+    def chunks(self) -> Iterator[ChunkManifest]:
+        """All processed chunks, in order."""
+        for path in sorted((self.folder / "chunks").glob("[0-9]*.json")):
+            yield ChunkManifest.model_validate_json(path.read_bytes())
+
+    def table(self, name: str) -> pa.Table:
+        """One result table (``frames``, ``peaks``, ``crystals``, ``reflections`` …) over all chunks.
+
+        ``frames`` joins the per-frame columns of all steps on ``frame_index``.
+        """
+        parts = []
+        for chunk in self.chunks():
+            if name == "frames":
+                parts.append(join_frames([self._steps.read(d, "frames") for d in chunk.steps.values()]))
+            else:
+                found = [self._steps.read(digest, name) for digest in chunk.steps.values()]
+                parts += [table for table in found if table is not None]
+        if not parts:
+            raise KeyError(f"processing {self.name} has no table {name!r}")
+        return pa.concat_tables(parts, promote_options="permissive")
+
+    @property
+    def frames(self) -> pa.Table:
+        return self.table("frames")
+
+    @property
+    def peaks(self) -> pa.Table:
+        return self.table("peaks")
+
+    @property
+    def crystals(self) -> pa.Table:
+        return self.table("crystals")
+
+    @property
+    def reflections(self) -> pa.Table:
+        return self.table("reflections")
+
+    def __repr__(self) -> str:
+        return f"<Processing {self.name} of {self.run}, {'finished' if self.is_finished else 'unfinished'}>"
+
+    def _chunk_path(self, number: int) -> Path:
+        return self.folder / "chunks" / f"{number:05d}.json"
+
+
+def join_frames(tables: list[pa.Table | None]) -> pa.Table:
+    """Per-frame tables of one chunk side by side; they have the same frames in the same order."""
+    joined: pa.Table | None = None
+    for table in tables:
+        if table is None:
+            continue
+        if joined is None:
+            joined = table
+            continue
+        for name in table.column_names:
+            if name not in joined.column_names:
+                joined = joined.append_column(name, table.column(name))
+    return joined if joined is not None else pa.table({"frame_index": pa.array([], pa.int64())})
+
+
+def find_processings(run: Path) -> dict[str, Processing]:
+    """All processings of a run by id, oldest first."""
+    names = [p.parent.name for p in (run / "processed").glob("*/manifest.json")]
+    return {name: Processing(run, name) for name in sorted(names, key=lambda n: (len(n), n))}

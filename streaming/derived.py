@@ -1,0 +1,77 @@
+"""Writing a derived stream (results, binned frames) beside its parent: through the service that has
+the run, or straight into the folder of a run that no service has.
+"""
+
+from typing import Any, Protocol
+
+from storage.codec import Buffer
+from storage.frame import FrameInfo, blob_crc32c, blob_digest
+from storage.models import StreamHeader
+from storage.run_folder import RunFolder
+from storage.stream_store import Admission, StreamStore
+from streaming.producer import Producer
+from streaming.retrieval import Run
+
+__all__ = ["DerivedStream", "open_derived"]
+
+Row = tuple[int, Buffer | None, dict[str, Any]]
+_ROWS_A_MESSAGE = 500
+
+
+class DerivedStream(Protocol):
+    """Takes rows of (frame_index, bytes or None, metadata); the parent's index, sparse."""
+
+    def send(self, rows: list[Row]) -> None:
+        """Store rows; they are on disk when this returns. Rows sent before are left as they are."""
+        ...
+
+    def finish(self, announced: int) -> None:
+        """End the stream; indices below ``announced`` that never came are missing."""
+        ...
+
+
+def open_derived(run: Run, header: StreamHeader) -> DerivedStream:
+    """A derived stream of a run, open for writing.
+
+    Raises
+    ------
+    ProtocolError, FileExistsError : it exists and has ended.
+    """
+    if run.service_address is not None:
+        return _ThroughService(run.service_address, header)
+    return _IntoFolder(RunFolder.open(run.folder), header)
+
+
+class _ThroughService:
+    def __init__(self, address: str, header: StreamHeader) -> None:
+        self._producer = Producer(address, header.experiment, header.data_source)
+        self._stream = self._producer.derived(header.run, header)
+
+    def send(self, rows: list[Row]) -> None:
+        for at in range(0, len(rows), _ROWS_A_MESSAGE):
+            self._stream.send_many(list(rows[at : at + _ROWS_A_MESSAGE]))
+
+    def finish(self, announced: int) -> None:
+        self._stream.finish(announced)
+        self._producer.close()
+
+
+class _IntoFolder:
+    def __init__(self, folder: RunFolder, header: StreamHeader) -> None:
+        exists = header.data_source in folder.data_sources()
+        if exists and folder.finished(header.data_source):
+            raise FileExistsError(f"stream {header.data_source} of {folder.path} has ended already")
+        self._store = StreamStore.recover(folder, header.data_source) if exists else StreamStore.create(folder, header)
+
+    def send(self, rows: list[Row]) -> None:
+        for index, blob, meta in rows:
+            blob = b"" if blob is None else blob
+            info = FrameInfo(frame_index=index, size_bytes=memoryview(blob).nbytes, meta=meta)
+            info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
+            if self._store.admit(info) is Admission.new:
+                self._store.append(info, blob)
+        self._store.seal_complete()
+
+    def finish(self, announced: int) -> None:
+        self._store.finish(announced, "not derived: the parent's frame is missing")
+        self._store.close()

@@ -1,0 +1,110 @@
+"""A chunk as a step sees it: its frames, decoded one by one, with header, geometry and mask."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from storage.codec import decode
+from storage.frame import RawFrame
+from storage.geometry import Geometry
+from storage.models import DetectorHeader, StreamHeader
+from tasks.bin_frames import bin_frame, binned_header
+
+__all__ = ["ChunkFrames", "usable_mask"]
+
+T = TypeVar("T")
+# NXmx: analysis skips a pixel when any of these bits is set; bit 31 (virtual pixel) is no reason.
+_BAD_BITS = 0xFFFF
+
+
+@dataclass(frozen=True)
+class ChunkFrames:
+    """Frames of one chunk for a step, ours or a user's.
+
+    frames : what was received, in index order; missing frames are simply not there.
+    header : of the stream.
+    detector_mask : (slow, fast) uint8 of frames as the detector took them, nonzero = do not use.
+    digest : of the chunk, over its bytes and metadata.
+    binning : pixels summed per side before a step sees a frame; 1 for none.
+    columns : per-frame columns of the steps before, each (n,).
+    """
+
+    frames: list[RawFrame]
+    header: StreamHeader
+    detector_mask: np.ndarray
+    digest: str
+    binning: int = 1
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    n_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.frames)
+
+    @property
+    def frame_index(self) -> np.ndarray:
+        """(n,) int64, rising."""
+        return np.array([f.info.frame_index for f in self.frames], np.int64)
+
+    @property
+    def meta(self) -> list[dict[str, Any]]:
+        """Metadata of each frame."""
+        return [f.info.meta for f in self.frames]
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """(slow, fast), nonzero where a pixel of the frames as steps see them must not be used."""
+        if self.binning == 1:
+            return self.detector_mask
+        empty = np.zeros(self.detector_mask.shape, np.uint16)
+        return bin_frame(empty, self.detector_mask, self.binning)[1]
+
+    @property
+    def detector(self) -> DetectorHeader:
+        """The detector as the steps see it, pixel sizes and beam centre adapted to the binning."""
+        detector = self.header.detector or DetectorHeader()
+        return binned_header(detector, self.binning) if self.binning > 1 else detector
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the pixels are; BadFrame if the detector never told distance or wavelength."""
+        return Geometry.from_header(self.detector, (self.mask.shape[0], self.mask.shape[1]))
+
+    @property
+    def saturation_value(self) -> int | None:
+        """Largest trustworthy count of an unbinned pixel."""
+        return self.detector.saturation_value
+
+    def unbinned(self, position: int) -> np.ndarray:
+        """The frame at a position in the chunk as the detector took it, (slow, fast)."""
+        header = self.header
+        return decode(self.frames[position].blob, header.shape, header.dtype, header.codec)
+
+    def data(self, position: int) -> np.ndarray:
+        """The frame at a position in the chunk as steps see it; unusable pixels hold the dtype's maximum."""
+        frame = self.unbinned(position)
+        if self.binning == 1:
+            return frame
+        return bin_frame(frame, self.detector_mask, self.binning, self.saturation_value)[0]
+
+    def map(self, function: Callable[[int], T]) -> list[T]:
+        """``function(position)`` for each frame, spread over threads; results in index order."""
+        if self.n_threads <= 1 or len(self) <= 1:
+            return [function(position) for position in range(len(self))]
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            return list(pool.map(function, range(len(self))))
+
+
+def usable_mask(pixel_mask: np.ndarray | None, shape: tuple[int, ...], user_mask: np.ndarray | None) -> np.ndarray:
+    """The effective mask, (slow, fast) uint8, nonzero = do not use: the detector's bad pixels and the user's."""
+    mask = np.zeros(shape, np.uint8)
+    if pixel_mask is not None:
+        mask |= (pixel_mask & _BAD_BITS) != 0
+    if user_mask is not None:
+        mask |= user_mask != 0
+    return mask

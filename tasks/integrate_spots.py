@@ -5,7 +5,7 @@ without unusable pixels and without the peak discs of other predictions. The mea
 subtracted, not the median: at a fraction of a count per pixel the median is 0 and the sum biased.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -57,6 +57,11 @@ class IntegrationParams:
             raise BadRecipe(
                 f"rings {self.inner}, {self.middle}, {self.outer} px must rise and gain {self.gain} exceed 0; try 3,4,6"
             )
+
+    def for_binning(self, factor: int) -> "IntegrationParams":
+        """The same rings on frames binned by ``factor``; at least 1, 2 and 3 px."""
+        inner, middle = max(1.0, self.inner / factor), max(2.0, self.middle / factor)
+        return replace(self, inner=inner, middle=middle, outer=max(middle + 1.0, self.outer / factor))
 
 
 @dataclass(frozen=True)

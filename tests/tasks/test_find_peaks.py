@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -159,6 +161,20 @@ def test_sampled_statistics_find_the_same_clear_spot():
     assert full["x"].tolist() == fast["x"].tolist() == pytest.approx([91.03], abs=0.1)
 
 
+def test_more_peaks_than_room_keeps_the_strongest():
+    frame = np.ones(SHAPE, np.uint16)
+    for i, (y, x) in enumerate((y, x) for y in range(10, 110, 20) for x in range(10, 130, 20)):
+        frame[y, x : x + 2] = 100 + i
+    peaks = PeakFinder(GEOMETRY, CLEAR, PeakParams(max_peaks=2))(frame)
+    assert peaks["max_value"].tolist() == [128, 129]
+
+
+def test_parameters_follow_binning():
+    binned = PeakParams(max_res=800, max_pix_count=100, local_bg_radius=3).for_binning(2)
+    assert (binned.max_res, binned.max_pix_count, binned.local_bg_radius, binned.min_pix_count) == (400, 25, 2, 1)
+    assert (binned.threshold, binned.min_snr) == (8, 5)
+
+
 def test_bad_input_is_refused():
     finder = PeakFinder(GEOMETRY, CLEAR)
     with pytest.raises(ShapeMismatch, match="finder"):
@@ -169,3 +185,12 @@ def test_bad_input_is_refused():
         PeakParams(min_pix_count=5, max_pix_count=2)
     with pytest.raises(ShapeMismatch, match="outside"):
         PeakFinder(GEOMETRY, np.zeros((50, 50)))
+
+
+def test_one_finder_serves_many_threads():
+    finder = PeakFinder(GEOMETRY, CLEAR)
+    frames = [with_spot(background(1.0, seed), 20 + seed, 90 - seed, SPOT) for seed in range(12)]
+    alone = [finder(frame) for frame in frames]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(finder, frames))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -114,6 +114,12 @@ def test_bad_input_is_refused():
         IntegrationParams(inner=5, middle=4)
 
 
+def test_rings_follow_binning():
+    binned = IntegrationParams(inner=3, middle=4, outer=7).for_binning(2)
+    assert (binned.inner, binned.middle, binned.outer) == (1.5, 2, 3.5)
+    assert IntegrationParams(saturation=9).for_binning(4).saturation == 9
+
+
 def test_no_predictions_give_an_empty_table():
     result = integrate_spots(np.zeros(SHAPE, np.uint16), CLEAR, np.empty(0, PREDICTION_DTYPE), GEOMETRY)
     assert len(result.reflections) == 0

@@ -1,6 +1,6 @@
 """Files written while a run is processed: NXmx and a CrystFEL stream, chunk by chunk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from storage.crystfel import CrystfelStreamWriter, StreamCrystal, StreamPeaks, StreamReflections, geometry_file
+from storage.errors import RunNotFound
 from storage.models import RunHeader, StreamHeader
 from storage.nexus import DATA_PATH, MASK_PATH, NxmxWriter
-from streaming.retrieval import Frame
+from streaming.retrieval import Frame, Run, Stream
 from tasks.process_chunk import ChunkResult
 from tasks.recipe import Recipe
 from tasks.steps import crystal_matrix
 from tasks.unit_cell import UnitCell
 
-__all__ = ["RunExporter", "cell_file_text"]
+__all__ = ["RunExporter", "cell_file_text", "export_stream"]
 
 _EMPTY = np.empty(0)
 
@@ -129,6 +130,60 @@ class RunExporter:
                 ],
                 row=self._rows.get(index, index),
             )
+
+
+def export_stream(
+    run: Run,
+    stream: Stream,
+    path: Path,
+    *,
+    processing: str | None = None,
+    frames_per_file: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Write a finished or live run's frames so far to an NXmx file, their bytes as the detector sent them.
+
+    Parameters
+    ----------
+    path : of the file; with ``frames_per_file`` of its master.
+    processing : export only the hits of this processing; all frames without it.
+    progress : called with (frames done, frames in all).
+
+    Returns
+    -------
+    ``path`` and ``frames``, the number of frames written.
+    """
+    wanted = _hits_of(run, processing) if processing else None
+    status = stream.status
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NxmxWriter(
+        path,
+        stream.header,
+        pixel_mask=stream.pixel_mask,
+        run_header=run.header,
+        sample=run.header.sample,
+        stop=status.watermark if wanted is None else None,
+        keep_holes=wanted is None,
+        frames_per_file=frames_per_file,
+        overwrite=overwrite,
+    ) as writer:
+        n_written = 0
+        for frame in stream[: status.watermark]:
+            if wanted is None or frame.frame_index in wanted:
+                writer.append(frame.frame_index, frame.blob, frame.times.utc)
+                n_written += 1
+            progress(frame.frame_index + 1, status.watermark)
+    return {"path": str(path), "frames": n_written}
+
+
+def _hits_of(run: Run, processing: str) -> set[int]:
+    found = run.processings
+    if processing not in found:
+        have = ", ".join(found) or "none yet"
+        raise RunNotFound(f"run {run.name} has no processing {processing!r}; it has: {have}")
+    table = found[processing].frames
+    return set(table.filter(table["hit"])["frame_index"].to_pylist())
 
 
 def cell_file_text(cell: UnitCell) -> str:

@@ -1,361 +1,147 @@
-"""The main flow: follow a run chunk by chunk, live or finished, and analyse each chunk as it is sealed.
+"""The Prefect flow that processes a run: `run_processing` with a task per chunk and artifacts to look at.
 
-`run_processing` is the whole of it as a plain function, with no server; `process_run` is the
-Prefect flow around it. Both do the same work in the same order on the same step outputs, so a
-processing begun by one can be taken up by the other.
+Prefect records; it decides nothing. The results are the same without it.
 """
 
-import logging
-import math
-import os
-import socket
-import time
+import base64
+import io
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar, cast
 
-import numpy as np
-from pydantic import Field
+from PIL import Image
+from prefect import flow, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
 
-from flows.exports import RunExporter
-from flows.pictures import draw_frame
-from storage.errors import NearlineError, StreamNotFound
-from storage.models import Model, StreamHeader
-from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
-from streaming.derived import DerivedStream, open_derived
-from streaming.retrieval import Chunk, Frame, Run, Stream, open_run
-from tasks.bin_frames import binned_header
-from tasks.chunk_frames import usable_mask
-from tasks.process_chunk import ChunkResult, process_chunk
+from flows.run_processing import ProcessRequest, Progress, run_processing
+from storage.run_folder import ChunkCommit
+from storage.step_store import Processing
+from streaming.retrieval import Run
 from tasks.recipe import Recipe, load_recipe
-from tasks.steps import STEPS, BinParams
 
-__all__ = ["ProcessRequest", "Progress", "Reporter", "RunTotals", "run_processing"]
+__all__ = ["process_run"]
 
-log = logging.getLogger("nearline.process")
-
-_WAIT_FOR_STREAM_S = 60.0
-_N_PICTURES = 4
-ProcessChunk = Callable[..., ChunkResult]
+T = TypeVar("T")
+_PICTURE_PX = 420
 
 
-class ProcessRequest(Model):
-    """What to process, and how."""
-
-    run: str = Field(description="experiment/number, or the path of a run folder")
-    recipe: dict[str, Any] = Field(description="the recipe's content")
-    data_source: str | None = Field(None, description="which detector; needed only if the run has several")
-    service: str | None = Field(None, description="service address; by default the one on this machine, if it runs")
-    root: str | None = Field(None, description="data folder to look in when no service answers")
-    n_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="threads over frames")
-
-
-@dataclass
-class RunTotals:
-    """What has been processed so far; rates name their denominators."""
-
-    frames: int = 0
-    hits: int = 0
-    indexed: int = 0
-    chunks: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits over processed frames."""
-        return self.hits / self.frames if self.frames else 0.0
-
-    @property
-    def indexing_rate(self) -> float:
-        """Indexed frames over hits."""
-        return self.indexed / self.hits if self.hits else 0.0
-
-    def add(self, chunk: ChunkManifest) -> None:
-        self.frames += chunk.n_frames
-        self.hits += chunk.n_hits
-        self.indexed += chunk.n_indexed
-        self.chunks += 1
-        for name, seconds in chunk.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A chunk has been done; for whoever shows it."""
-
-    run: str
-    processing: str
-    chunk: ChunkManifest
-    totals: RunTotals
-    lag_frames: int
-    planned: int
-    pictures: tuple[Path, ...]
-
-
-class Reporter(Protocol):
-    """Told how a processing goes."""
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None: ...
-    def chunk_done(self, progress: Progress) -> None: ...
-    def finished(self, summary: dict[str, Any]) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
-        pass
-
-    def chunk_done(self, progress: Progress) -> None:
-        pass
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        pass
-
-
-def run_processing(
-    request: ProcessRequest,
-    *,
-    reporter: Reporter | None = None,
-    call: ProcessChunk = process_chunk,
-    flow_run: tuple[str, str] | None = None,
+@flow(name="process-run", flow_run_name="process {run}", persist_result=False, validate_parameters=True)
+def process_run(
+    run: str,
+    recipe: dict[str, Any] | str,
+    data_source: str | None = None,
+    service: str | None = None,
+    root: str | None = None,
+    n_threads: int | None = None,
 ) -> dict[str, Any]:
-    """Process a run to its end; the summary, as in ``processed/<id>/summary.json``.
+    """Follow a run, live or finished, and analyse each chunk as it is sealed.
 
     Parameters
     ----------
-    call : carries out one chunk; the flow puts a Prefect task here.
-    flow_run : id and URL of the Prefect run, for the record.
-
-    Raises
-    ------
-    RunNotFound, StreamNotFound, BadRecipe, ProcessingBusy
+    run : experiment/number such as lyso-2026/17, or the path of a run folder.
+    recipe : the recipe's content, or the path of its file.
+    data_source : which detector; needed only if the run has several.
+    service : address of the streaming service; by default the one on this machine.
+    root : data folder to look in when no service answers.
+    n_threads : threads over the frames of a chunk; by default one per core.
     """
-    recipe = load_recipe(request.recipe)
-    run = open_run(request.run, service=request.service, root=request.root)
-    stream = _wait_for_stream(run, request.data_source)
-    processing = _claim_processing(run, stream, recipe, flow_run)
-    work = _Work(run, stream, processing, recipe, request.n_threads, call, reporter or Silent())
-    return work.carry_out()
+    content = load_recipe(recipe).model_dump(mode="json")
+    options = {} if n_threads is None else {"n_threads": n_threads}
+    request = ProcessRequest(run=run, recipe=content, data_source=data_source, service=service, root=root, **options)
+    flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
+    return run_processing(request, reporter=_Artifacts(), call=_as_task, flow_run=flow_run)
 
 
-def _wait_for_stream(run: Run, data_source: str | None) -> Stream:
-    """The stream to process; a live run's first header may still be on its way."""
-    deadline = time.monotonic() + _WAIT_FOR_STREAM_S
-    while True:
-        try:
-            return run[data_source] if data_source else run.detector
-        except StreamNotFound:
-            if run.state.is_terminal or time.monotonic() > deadline or run.data_sources:
-                raise
-        time.sleep(0.2)
+def _task_run_name() -> str:
+    given = runtime.task_run.parameters
+    return f"{given['stage']} {given['run']} chunk {given['chunk']}: frames {given['first']} to {given['last']}"
 
 
-def _claim_processing(run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None) -> Processing:
-    """The unfinished processing with this very recipe, or a new one; claimed for this process."""
-    for processing in find_processings(run.folder).values():
-        manifest = processing.manifest
-        same = manifest.recipe_digest == recipe.digest and manifest.data_source == stream.name
-        if same and not processing.is_finished:
-            processing.claim()
-            return processing
-    number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
-    while True:
-        processing = Processing(run.folder, f"p{number}")
-        try:
-            manifest = _manifest(processing.name, stream, recipe, flow_run)
-            processing = Processing.create(run.folder, manifest)
-        except FileExistsError:
-            number += 1
-            continue
-        processing.claim()
-        return processing
+# Step outputs are content-addressed already; a second cache would only be able to disagree.
+@task(name="chunk", task_run_name=_task_run_name, cache_policy=NO_CACHE, persist_result=False, retries=1)
+def _chunk_task(stage: str, run: str, chunk: int, first: int, last: int, work: Callable[[], Any]) -> Any:
+    return work()
 
 
-def _manifest(name: str, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None) -> Manifest:
-    packages = ("nearline", "numpy", "numba", "gemmi", "zarr", "h5py")
-    return Manifest(
-        processing=name,
-        data_source=stream.name,
-        recipe=recipe.model_dump(mode="json"),
-        recipe_digest=recipe.digest,
-        started_at=datetime.now(UTC),
-        versions={package: version(package) for package in packages},
-        host=socket.gethostname(),
-        flow_run_id=flow_run[0] if flow_run else None,
-        flow_run_url=flow_run[1] if flow_run else None,
-    )
+def _as_task(stage: str, run: str, commit: ChunkCommit, work: Callable[[], T], /) -> T:
+    # An export appends to an open file: doing it twice would not be the same.
+    chunk_task = _chunk_task if stage == "process" else _chunk_task.with_options(retries=0)
+    return cast(T, chunk_task(stage, run, commit.chunk, commit.start, commit.stop - 1, work))
 
 
-class _Work:
-    """One processing under way: chunk in, tables, streams, files and pictures out."""
+class _Artifacts:
+    """What the Prefect UI shows of a processing."""
 
-    def __init__(
-        self,
-        run: Run,
-        stream: Stream,
-        processing: Processing,
-        recipe: Recipe,
-        n_threads: int,
-        call: ProcessChunk,
-        reporter: Reporter,
-    ) -> None:
-        self._run, self._stream, self._processing, self._recipe = run, stream, processing, recipe
-        self._n_threads, self._call, self._reporter = n_threads, call, reporter
-        self._header = stream.header.model_copy(update={"detector": recipe.detector_header(stream.header.detector)})
-        user_mask = np.load(recipe.mask) if recipe.mask else None
-        self._mask = usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
-        self._totals = RunTotals()
-        self._pictures: list[Path] = []
-        self._derived: dict[str, DerivedStream] = {}
+    def __init__(self) -> None:
+        self._key = ""
+        self._progress: Any = None
+        self._lines: list[str] = []
 
-    def carry_out(self) -> dict[str, Any]:
-        started = time.perf_counter()
-        self._reporter.started(self._run, self._processing, self._recipe)
-        exporter = RunExporter(
-            self._run.folder,
-            self._processing.name,
-            self._recipe,
-            self._header,
-            self._run.header,
-            self._stream.pixel_mask,
+    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
+        self._key = _artifact_key(run.name, processing.name)
+        self._title = f"{run.name} · {processing.name} · {recipe.name}"
+        self._progress = create_progress_artifact(0.0, key=f"{self._key}-progress", description=self._title)
+
+    def chunk_done(self, progress: Progress) -> None:
+        totals = progress.totals
+        if progress.planned:
+            percent = min(100.0 * (progress.chunk.stop / progress.planned), 100.0)
+            update_progress_artifact(self._progress, percent)
+        self._lines.append(
+            f"| {progress.chunk.chunk} | {progress.chunk.start}–{progress.chunk.stop - 1} | {progress.chunk.n_frames} "
+            f"| {progress.chunk.n_hits} | {progress.chunk.n_indexed} | {progress.lag_frames} |"
         )
-        try:
-            self._open_derived()
-            for chunk in self._stream.chunks():
-                self._do_chunk(chunk, exporter)
-            files = exporter.close()
-        except BaseException:
-            exporter.discard()
-            raise
-        announced = self._stream.status.announced
-        for derived in self._derived.values():
-            derived.finish(announced)
-        summary = self._summary(files, time.perf_counter() - started)
-        self._processing.finish(summary)
-        self._reporter.finished(summary)
-        return summary
-
-    def _do_chunk(self, chunk: Chunk, exporter: RunExporter) -> None:
-        frames = list(chunk.frames())
-        result = self._call(
-            self._recipe,
-            chunk.commit,
-            [frame.raw for frame in frames],
-            self._header,
-            self._mask,
-            self._run.folder,
-            n_threads=self._n_threads,
-        )
-        self._publish(result)
-        before = time.perf_counter()
-        exporter.add_chunk(frames, result)
-        result.manifest.seconds["export"] = time.perf_counter() - before
-        self._totals.add(result.manifest)
-        self._draw(frames, result)
-        self._processing.add_chunk(result.manifest)
-        status = self._stream.status
-        self._reporter.chunk_done(
-            Progress(
-                run=self._run.name,
-                processing=self._processing.name,
-                chunk=result.manifest,
-                totals=self._totals,
-                lag_frames=status.announced - chunk.stop,
-                planned=self._stream.header.planned,
-                pictures=tuple(self._pictures),
-            )
+        text = [
+            f"# {self._title}",
+            f"**{totals.frames}** frames · hit rate **{100 * totals.hit_rate:.1f} %** of frames · "
+            f"indexing rate **{100 * totals.indexing_rate:.1f} %** of hits · lag {progress.lag_frames} frames",
+            "",
+            "| chunk | frames | received | hits | indexed | lag |",
+            "|---|---|---|---|---|---|",
+            *self._lines[-20:],
+        ]
+        create_markdown_artifact(
+            "\n".join(text), key=f"{self._key}-rates", description="hit and indexing rate by chunk"
         )
 
-    # ---- derived streams ----------------------------------------------------------------------
-
-    def _open_derived(self) -> None:
-        """``<source>.results@<id>``, one row per frame, and ``<source>.binned@<id>`` where a step bins."""
-        base = {"parent": self._stream.name, "processing": self._processing.name, "planned": self._header.planned}
-        headers = {"results": {"kind": "table", "shape": (), "dtype": "", "codec": "raw", "detector": None}}
-        for spec in self._recipe.steps:
-            if spec.use == "bin":
-                factor = STEPS["bin"].read_params(spec.params)
-                headers["binned"] = self._binned_header(factor)
-        for name, changes in headers.items():
-            source = f"{self._stream.name}.{name}@{self._processing.name}"
-            header = self._stream.header.model_copy(update=base | changes | {"data_source": source, "user_data": {}})
-            try:
-                self._derived[name] = open_derived(self._run, StreamHeader.model_validate(header.model_dump()))
-            except (NearlineError, FileExistsError) as error:
-                # A processing taken up again after its streams have ended: its tables are complete all the same.
-                log.warning("not writing the stream %s: %s", source, error)
-
-    def _binned_header(self, params: BinParams) -> dict[str, Any]:
-        slow, fast = self._header.shape
-        assert self._header.detector is not None
-        return {
-            "shape": (slow // params.factor, fast // params.factor),
-            "dtype": "uint32",
-            "codec": "bslz4",
-            "detector": binned_header(self._header.detector, params.factor),
-        }
-
-    def _publish(self, result: ChunkResult) -> None:
-        if "results" in self._derived:
-            rows = [_plain(row) for row in result.frames.to_pylist()]
-            self._derived["results"].send([(row.pop("frame_index"), None, row) for row in rows])
-        binned = result.table("binned")
-        if "binned" in self._derived and binned is not None:
-            pairs = zip(binned["frame_index"].to_pylist(), binned["blob"].to_pylist(), strict=True)
-            self._derived["binned"].send([(index, blob, {}) for index, blob in pairs])
-
-    # ---- for people ---------------------------------------------------------------------------
-
-    def _draw(self, frames: list[Frame], result: ChunkResult) -> None:
-        """Pictures of the first few hits, indexed ones first."""
-        table, peaks = result.frames, result.table("peaks")
-        if len(self._pictures) >= _N_PICTURES or peaks is None or not result.manifest.n_hits:
-            return
-        rows = sorted(table.to_pylist(), key=lambda r: (not r.get("indexed"), not r["hit"], -r["n_peaks"]))
-        by_index = {frame.frame_index: frame for frame in frames}
-        reflections = result.table("reflections")
-        for row in rows[: min(2, _N_PICTURES - len(self._pictures))]:
-            if not row["hit"]:
-                continue
-            index = row["frame_index"]
-            words = [f"{row['n_peaks']} peaks", "indexed" if row.get("indexed") else "not indexed"]
-            path = self._processing.folder / "pictures" / f"frame-{index:06d}.png"
-            draw_frame(
-                path,
-                by_index[index].data,
-                self._mask,
-                self._header,
-                f"{self._run.name} frame {index}: {', '.join(words)}",
-                peaks.filter(peaks["frame_index"].to_numpy() == index),
-                reflections.filter(reflections["frame_index"].to_numpy() == index) if reflections else None,
-            )
-            self._pictures.append(path)
-
-    def _summary(self, files: dict[str, Path], seconds: float) -> dict[str, Any]:
-        totals = self._totals
-        return {
-            "experiment": self._run.header.experiment,
-            "run": self._run.header.run,
-            "data_source": self._stream.name,
-            "processing": self._processing.name,
-            "recipe": self._recipe.name,
-            "frames": totals.frames,
-            "hits": totals.hits,
-            "indexed": totals.indexed,
-            "hit_rate": totals.hit_rate,
-            "indexing_rate": totals.indexing_rate,
-            "seconds": round(seconds, 3),
-            "seconds_by_stage": {k: round(v, 3) for k, v in totals.seconds.items()},
-            "files": {name: str(path) for name, path in files.items()},
-            "pictures": [str(path) for path in self._pictures],
-            "flow_run_url": self._processing.manifest.flow_run_url,
-        }
+    def finished(self, summary: dict[str, Any]) -> None:
+        update_progress_artifact(self._progress, 100.0)
+        files = [f"| {name} | `{path}` |" for name, path in summary["files"].items()]
+        pictures = [_embedded(Path(path)) for path in summary["pictures"]]
+        text = [
+            f"# {self._title}",
+            f"**{summary['frames']}** frames, "
+            f"**{summary['hits']}** hits ({100 * summary['hit_rate']:.1f} % of frames), "
+            f"**{summary['indexed']}** indexed ({100 * summary['indexing_rate']:.1f} % of hits), "
+            f"{summary['seconds']:.1f} s",
+            "",
+            "| file | path |",
+            "|---|---|",
+            *files,
+            "",
+            *pictures,
+        ]
+        create_markdown_artifact(
+            "\n".join(text), key=f"{self._key}-summary", description="what came out, with examples"
+        )
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as JSON can hold it: not-a-number becomes nothing."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def _write(text: str, key: str, description: str) -> None:
+    create_markdown_artifact(text, key=key, description=description)
+
+
+def _artifact_key(run: str, processing: str) -> str:
+    """Prefect allows lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{run}-{processing}".lower()).strip("-")
+
+
+def _embedded(path: Path) -> str:
+    """A small copy of a picture inside the text: the UI has no access to the data folder."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((_PICTURE_PX, _PICTURE_PX))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=70)
+    return f"![{path.stem}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"

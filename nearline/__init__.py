@@ -1,1 +1,90 @@
-"""The front door."""
+"""Nearline: the data system of a beamline. Frames go in once; one API serves them, live and later.
+
+    import nearline
+
+    run = nearline.open("lyso-2026/17")
+    for frame in run["eiger"].follow():
+        print(frame.frame_index, frame.data.sum())
+
+The same lines work while the run is taken, when it has finished, and on a run folder with no
+service running.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streaming.producer import Producer
+    from streaming.retrieval import Chunk, Frame, Run, Stream
+
+__all__ = ["Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer"]
+
+# Loaded when first asked for, so that `import nearline` stays quick.
+_HOMES = {
+    "Chunk": "streaming.retrieval",
+    "Frame": "streaming.retrieval",
+    "Producer": "streaming.producer",
+    "Run": "streaming.retrieval",
+    "Stream": "streaming.retrieval",
+}
+
+
+def open(run: str | Path, *, service: str | None = None, root: str | Path | None = None) -> Run:
+    """Open a run, live or finished.
+
+    Parameters
+    ----------
+    run : ``experiment/number``; ``tcp://host:port/experiment/number``; or the path of a run folder.
+    service : address of the service to ask; by default ``NEARLINE_SERVICE``, or the one on this machine.
+    root : data folder to look in when no service answers; by default ``NEARLINE_ROOT``.
+    """
+    from streaming.retrieval import open_run
+
+    return open_run(run, service=service or os.environ.get("NEARLINE_SERVICE"), root=root or _root_from_environment())
+
+
+def producer(experiment: str, data_source: str, *, service: str | None = None, ack: str = "stored") -> Producer:
+    """A source of frames: ``with nearline.producer("lyso-2026", "cam").run() as out: out.send(array)``.
+
+    Parameters
+    ----------
+    ack : when a send returns: the service has the frame in memory (``buffered``), or on disk (``stored``).
+    """
+    from streaming.producer import Producer
+    from streaming.service import DEFAULT_ADDRESS
+
+    address = service or os.environ.get("NEARLINE_SERVICE") or DEFAULT_ADDRESS
+    return Producer(address, experiment, data_source, ack=ack)  # type: ignore[arg-type]
+
+
+def process(run: str | Path, recipe: Any, **options: Any) -> dict[str, Any]:
+    """Process a run with a recipe (a file, a dict or a Recipe), with no Prefect server; its summary.
+
+    Options are the fields of `flows.run_processing.ProcessRequest`: ``data_source``, ``service``,
+    ``root``, ``n_threads``.
+    """
+    from flows.run_processing import ProcessRequest, run_processing
+    from tasks.recipe import load_recipe
+
+    options.setdefault("service", os.environ.get("NEARLINE_SERVICE"))
+    options.setdefault("root", _root_from_environment())
+    content = load_recipe(recipe).model_dump(mode="json")
+    return run_processing(ProcessRequest(run=str(run), recipe=content, **options))
+
+
+def _root_from_environment() -> str | None:
+    # A service that is named is asked first; a data folder alone means: no service.
+    return None if os.environ.get("NEARLINE_SERVICE") else os.environ.get("NEARLINE_ROOT")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("storage.errors")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'nearline' has no attribute {name!r}")

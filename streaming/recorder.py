@@ -182,7 +182,7 @@ class Recorder:
         found = []
         for stream in list(self._streams.values()):
             series = stream.header.series
-            if series is None or stream.store.is_finished:
+            if series is None or stream.store.is_finished or stream.header.parent is not None:
                 continue
             same = series.series_unique_id == series_unique_id if series_unique_id else series.series_id == series_id
             if same:

@@ -1,0 +1,338 @@
+"""The `nearline` command: thin shells over the packages; heavy imports only where they are needed."""
+
+import json
+import logging
+import os
+import sys
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from nearline import show
+from storage.errors import NearlineError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="The data system of a beamline: frames go in once, one API serves them, flows analyse every chunk.\n\n"
+    "Start with [bold]nearline demo[/bold], or with [bold]nearline serve[/bold] and, in another terminal, "
+    "[bold]nearline simulate[/bold].",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Root = Annotated[Path, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")]
+Service = Annotated[
+    str | None,
+    typer.Option(envvar="NEARLINE_SERVICE", help="Address of the service; by default the one on this machine."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for scripts.")]
+RunName = Annotated[str, typer.Argument(help="experiment/number, such as lyso-2026/17, or the path of a run folder.")]
+Source = Annotated[str | None, typer.Option(help="Data source; needed only if the run has several detectors.")]
+CellOption = Annotated[
+    str | None,
+    typer.Option(help="Unit cell: a .cell, PDB, mmCIF or MTZ file, or a,b,c,alpha,beta,gamma in Å and degrees."),
+]
+SpaceGroup = Annotated[str | None, typer.Option(help="Space group, e.g. 'P 43 21 2'; needed with a cell in numbers.")]
+
+
+def main() -> None:
+    """Entry point: our own errors become one sentence on standard error and exit code 1."""
+    try:
+        app()
+    except NearlineError as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(package_version("nearline"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    handler = RichHandler(console=errors, show_path=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("nearline").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@app.command()
+def serve(
+    root: Root = Path("nearline-data"),
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="A detector, NAME=tcp://HOST:PORT (DECTRIS stream v2). May be given several times."),
+    ] = None,
+    bind: Annotated[str, typer.Option(help="Address for clients.")] = "tcp://127.0.0.1:5600",
+    experiment: Annotated[str, typer.Option(help="Experiment of series that name none themselves.")] = "default",
+    buffer: Annotated[float, typer.Option(help="Memory for frames, GiB.")] = 2.0,
+    gap_timeout: Annotated[float, typer.Option(help="Wait for a missing frame index, s.")] = 2.0,
+    idle_timeout: Annotated[
+        float, typer.Option(help="End a run as aborted after so long without a message, s.")
+    ] = 60.0,
+    catalog: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; default SQLite in ROOT.")] = None,
+) -> None:
+    """Run the streaming service: buffer detector frames, write them, serve them.
+
+    Stop it with Ctrl-C: it seals what it has. After a crash, start it again on the same ROOT: it
+    keeps every stored frame and goes on with the run.
+    """
+    from streaming.service import DEFAULT_DETECTOR, ServiceSettings, serve_until_signal
+
+    settings = ServiceSettings(
+        root=root,
+        bind=bind,
+        experiment=experiment,
+        sources=tuple(show.read_source(text) for text in source or [f"eiger={DEFAULT_DETECTOR}"]),
+        buffer_bytes=int(buffer * (1 << 30)),
+        gap_timeout_s=gap_timeout,
+        idle_timeout_s=idle_timeout,
+        catalog_url=catalog,
+    )
+
+    def ready(service: Any) -> None:
+        listening = ", ".join(f"{s.name} at {s.endpoint}" for s in settings.sources)
+        errors.print(f"serving [bold]{root}[/bold] on {service.address}; listening to {listening}", highlight=False)
+        errors.print("frames come from a detector, `nearline simulate` or `nearline replay FILES`; Ctrl-C stops")
+
+    serve_until_signal(settings, ready)
+
+
+@app.command()
+def simulate(
+    size: Annotated[str, typer.Option(help="512, 1M, 4M, 9M, 16M, or SLOWxFAST in px.")] = "4M",
+    frames: Annotated[int, typer.Option(help="Frames per series.")] = 300,
+    rate: Annotated[float, typer.Option(help="Frames per second; 0 as fast as possible.")] = 30.0,
+    repeat: Annotated[int, typer.Option(help="Series to send.")] = 1,
+    hit_fraction: Annotated[float, typer.Option(help="Share of frames that show a crystal.")] = 0.3,
+    dtype: Annotated[str, typer.Option(help="uint16 or uint32.")] = "uint16",
+    bind: Annotated[str, typer.Option(help="Where the detector's stream is.")] = "tcp://127.0.0.1:31001",
+    experiment: Annotated[str | None, typer.Option(help="Experiment to file the series under.")] = None,
+    run: Annotated[int | None, typer.Option(help="Run number to ask for; default the next free one.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Name of the sample.")] = None,
+    cell: Annotated[str | None, typer.Option(help="a,b,c,alpha,beta,gamma; default lysozyme.")] = None,
+    space_group: Annotated[str | None, typer.Option(help="Space group of that cell.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other frames.")] = 0,
+    bijvoet: Annotated[float, typer.Option(help="Relative rms difference between Bijvoet mates.")] = 0.0,
+    truth: Annotated[Path | None, typer.Option(help="Write what is really on each frame to this Parquet file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Be a DECTRIS detector (stream v2) that takes stills of a protein crystal, with known truth."""
+    from streaming.simulator import SimulatorSettings
+    from streaming.simulator import simulate as simulate_series
+    from tasks.unit_cell import read_cell
+
+    options: dict[str, Any] = {}
+    if cell:
+        unit_cell = read_cell(cell, space_group)
+        options = {"cell": unit_cell.parameters, "space_group": unit_cell.space_group}
+    settings = show.validated(
+        SimulatorSettings,
+        size=size,
+        n_frames=frames,
+        rate=rate,
+        repeat=repeat,
+        hit_fraction=hit_fraction,
+        dtype=dtype,
+        bind=bind,
+        experiment=experiment,
+        run=run,
+        sample=sample,
+        seed=seed,
+        bijvoet=bijvoet,
+        truth=truth,
+        **options,
+    )
+    with show.StageBars(errors) as bars:
+        sent = simulate_series(settings, bars.update)
+    show.series_sent(console, sent, as_json)
+
+
+@app.command()
+def replay(
+    files: Annotated[list[Path], typer.Argument(help="miniCBF (.cbf, .gz, .bz2) or HDF5/NXmx files, or a folder.")],
+    rate: Annotated[float, typer.Option(help="Frames per second; 0 as fast as possible.")] = 10.0,
+    bind: Annotated[str, typer.Option(help="Where the replay's stream is.")] = "tcp://127.0.0.1:31001",
+    experiment: Annotated[str | None, typer.Option(help="Experiment to file the series under.")] = None,
+    run: Annotated[int | None, typer.Option(help="Run number to ask for; default the next free one.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Name of the sample.")] = None,
+    distance: Annotated[float | None, typer.Option(help="Detector distance, m, where the files are wrong.")] = None,
+    wavelength: Annotated[float | None, typer.Option(help="Wavelength, Å, where the files are wrong.")] = None,
+    beam_center: Annotated[str | None, typer.Option(help="Beam centre X,Y in px, where the files are wrong.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send files as a detector would (DECTRIS stream v2), for a service to take them in."""
+    from streaming.replay import replay as replay_files
+    from streaming.simulator import SenderSettings
+
+    settings = show.validated(SenderSettings, bind=bind, rate=rate, experiment=experiment, run=run, sample=sample)
+    overrides = show.header_overrides(distance, wavelength, beam_center)
+    with show.StageBars(errors) as bars:
+        sent = replay_files(show.expand_files(files), settings, overrides=overrides, progress=bars.update)
+    show.series_sent(console, sent, as_json)
+
+
+@app.command()
+def process(
+    run: RunName,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file, YAML or TOML.")] = None,
+    cell: CellOption = None,
+    space_group: SpaceGroup = None,
+    source: Source = None,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads over frames; default one per core.")] = None,
+    prefect: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefect/--no-prefect",
+            help="Record in a Prefect server (PREFECT_API_URL); default: if that variable is set.",
+        ),
+    ] = None,
+    wait: Annotated[float, typer.Option(help="Wait so long for the run to begin, s.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Analyse a run, live or finished: bin, find peaks, index, integrate, export, chunk by chunk.
+
+    Without --recipe the crystallography preset is used; give it a --cell to index with.
+    """
+    from flows.run_processing import ProcessRequest
+
+    content = show.recipe_from(recipe, cell, space_group).model_dump(mode="json")
+    show.wait_for_run(run, service, root, wait)
+    options: dict[str, Any] = {"n_threads": threads} if threads else {}
+    request = ProcessRequest(
+        run=run, recipe=content, data_source=source, service=service, root=str(root) if root else None, **options
+    )
+    use_prefect = bool(os.environ.get("PREFECT_API_URL")) if prefect is None else prefect
+    summary = show.run_with_prefect(request) if use_prefect else show.run_with_bar(request, errors)
+    show.processing_summary(console, summary, as_json)
+
+
+@app.command()
+def export(
+    run: RunName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="NXmx file to write.")],
+    source: Source = None,
+    processing: Annotated[str | None, typer.Option(help="Only the hits of this processing, e.g. p1.")] = None,
+    frames_per_file: Annotated[int | None, typer.Option(help="A master and data files of so many frames.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's frames to a NeXus (NXmx) file, byte for byte as the detector compressed them."""
+    from flows.exports import export_stream
+
+    opened = show.open_run(run, service, root)
+    stream = opened[source] if source else opened.detector
+    with show.StageBars(errors) as bars:
+        result = export_stream(
+            opened,
+            stream,
+            output,
+            processing=processing,
+            frames_per_file=frames_per_file,
+            overwrite=overwrite,
+            progress=lambda done, total: bars.update("exporting", done, total),
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.print(f"{result['frames']} frames in {result['path']}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def runs(
+    experiment: Annotated[str | None, typer.Argument(help="Only this experiment.")] = None,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs."""
+    show.run_list(console, show.list_runs(experiment, service, root), as_json)
+
+
+@app.command()
+def info(
+    run: RunName,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: its state, data sources, detector and processings."""
+    show.run_info(console, show.open_run(run, service, root), as_json)
+
+
+@app.command()
+def ledger(
+    run: RunName,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Account for every frame of a run; exit code 2 if the sums do not balance."""
+    if not show.ledgers(console, show.open_run(run, service, root), as_json):
+        raise typer.Exit(2)
+
+
+@app.command()
+def status(service: Service = None, as_json: AsJson = False) -> None:
+    """Show the condition of a running service."""
+    show.service_status(console, service, as_json)
+
+
+@app.command()
+def demo(
+    real: Annotated[Path | None, typer.Option(help="Use the files in this folder instead of the simulator.")] = None,
+    cell: CellOption = None,
+    space_group: SpaceGroup = None,
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps data and the Prefect database.")] = Path(
+        "build/demo"
+    ),
+    frames: Annotated[int, typer.Option(help="Frames to simulate.")] = 300,
+    rate: Annotated[float, typer.Option(help="Frames per second.")] = 20.0,
+    size: Annotated[str, typer.Option(help="Detector to simulate: 512, 1M, 4M, 16M.")] = "4M",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave server and service up until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a run travel the whole way: detector, service, Zarr, Prefect flow, NeXus.
+
+    Exit code 0 only if every frame is accounted for and the results agree with the truth.
+    """
+    from nearline.demo import DemoSettings, run_demo
+
+    settings = DemoSettings(
+        folder=folder.absolute(),
+        real=real,
+        cell=cell,
+        space_group=space_group,
+        n_frames=frames,
+        rate=rate,
+        size=size,
+        keep=keep,
+    )
+    is_good = run_demo(settings, errors if as_json else console, as_json=as_json)
+    raise typer.Exit(0 if is_good else 1)
+
+
+if __name__ == "__main__":
+    main()

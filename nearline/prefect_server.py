@@ -1,0 +1,53 @@
+"""A Prefect server of our own on loopback: settings that suit many short tasks and no network."""
+
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from storage.errors import ServiceUnavailable
+
+__all__ = ["server_environment", "wait_until_healthy"]
+
+# Batches and short polls: the defaults record a task seconds after it has ended and look for
+# new work every ten.
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "200",
+    "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+}
+
+
+def server_environment(home: Path, port: int) -> dict[str, str]:
+    """Environment of a server on that port, and of programs that use it; ``home`` keeps its database."""
+    address = f"http://127.0.0.1:{port}"
+    return {
+        **os.environ,
+        **_SETTINGS,
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_UI_URL": address,
+    }
+
+
+def wait_until_healthy(port: int, timeout: float, check: Callable[[], None]) -> None:
+    """Return once the server answers; ``check`` is called meanwhile and may raise."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            check()
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable(f"the Prefect server on port {port} did not answer in {timeout:g} s") from None
+        time.sleep(0.25)

@@ -1,0 +1,337 @@
+"""What the command line reads and shows: arguments into settings, results into tables."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import nearline
+from storage.errors import RunNotFound, ServiceUnavailable
+from storage.names import parse_run_key
+
+M = TypeVar("M", bound=BaseModel)
+_LOOK_AGAIN_S = 0.3
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def read_source(text: str) -> Any:
+    """``eiger=tcp://host:port`` as settings."""
+    from streaming.service import SourceSettings
+
+    name, equals, endpoint = text.partition("=")
+    if not equals or not endpoint.startswith("tcp://"):
+        raise typer.BadParameter(f"{text!r} is not NAME=tcp://HOST:PORT, such as eiger=tcp://127.0.0.1:31001")
+    return SourceSettings(name=name, endpoint=endpoint)
+
+
+def validated(model: type[M], **values: Any) -> M:
+    """A settings model from options; what it refuses becomes a usage error."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise typer.BadParameter("; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())) from None
+
+
+def header_overrides(distance: float | None, wavelength: float | None, beam_center: str | None) -> dict[str, float]:
+    """Header fields to replace, by their names in `storage.models.DetectorHeader`."""
+    values = {"detector_distance": distance, "incident_wavelength": wavelength}
+    overrides = {name: value for name, value in values.items() if value is not None}
+    if beam_center:
+        parts = re.split(r"[,\s]+", beam_center.strip())
+        try:
+            overrides["beam_center_x"], overrides["beam_center_y"] = (float(part) for part in parts)
+        except ValueError:
+            raise typer.BadParameter(f"{beam_center!r} is not X,Y in px, such as 1034.5,1081.2") from None
+    return overrides
+
+
+def expand_files(paths: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named, sorted."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if _is_frame_file(p)) if path.is_dir() else [path]
+        if not inside:
+            raise typer.BadParameter(f"{path} holds no .cbf, .cbf.gz, .cbf.bz2, .h5 or .nxs file")
+        found += inside
+    return found
+
+
+def _is_frame_file(path: Path) -> bool:
+    # A master names its data files; sending those as well would send frames twice.
+    is_data_file = re.search(r"(_data)?_\d{6}\.h5$", path.name) is not None
+    return path.name.endswith((".cbf", ".cbf.gz", ".cbf.bz2", ".nxs")) or (
+        path.suffix in (".h5", ".hdf5") and not is_data_file
+    )
+
+
+def recipe_from(recipe: Path | None, cell: str | None, space_group: str | None) -> Any:
+    """The recipe named, or the preset with this cell."""
+    from tasks.recipe import crystallography, load_recipe
+    from tasks.unit_cell import read_cell
+
+    if recipe is not None:
+        if cell:
+            raise typer.BadParameter("give --recipe or --cell, not both; a recipe holds its cell under sample:")
+        return load_recipe(recipe)
+    if space_group and not cell:
+        raise typer.BadParameter("--space-group needs a --cell")
+    return crystallography(read_cell(cell, space_group) if cell else None)
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def open_run(run: str, service: str | None, root: Path | None) -> Any:
+    """`nearline.open` for the command line."""
+    return nearline.open(run, service=service, root=None if service else root)
+
+
+def wait_for_run(run: str, service: str | None, root: Path | None, wait: float) -> None:
+    """Return once the run exists; RunNotFound after ``wait`` s."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            open_run(run, service, root)
+            return
+        except RunNotFound:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def list_runs(experiment: str | None, service: str | None, root: Path | None) -> list[dict[str, Any]]:
+    """Rows of the catalog, through the service or from the data folder."""
+    from streaming import wire
+    from streaming.client import Client, is_reachable
+    from streaming.service import DEFAULT_ADDRESS
+
+    address = service or DEFAULT_ADDRESS
+    if service or (root is None and is_reachable(address)):
+        rows: list[dict[str, Any]] = Client(address).connection.ask_json(wire.ListRuns(id=0, experiment=experiment))
+        return rows
+    from storage.run_folder import find_runs
+    from storage.stream_source import state_of
+
+    folder = root or Path("nearline-data")
+    found = [f for f in find_runs(folder) if experiment in (None, f.header.experiment)]
+    return [
+        f.header.model_dump(mode="json") | {"state": state_of(f).value, "folder": str(f.path.absolute())} for f in found
+    ]
+
+
+def run_list(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("run", "started", "state", "sample", "folder")
+    for row in rows:
+        name = f"{row['experiment']}/{row['run']}"
+        table.add_row(name, row["started_at"][:19], row["state"], row.get("sample") or "", row["folder"])
+    console.print(table if rows else "no runs yet; `nearline serve` takes them")
+
+
+def run_info(console: Console, run: Any, as_json: bool) -> None:
+    processings = {name: p.summary or {} for name, p in run.processings.items()}
+    if as_json:
+        content = {
+            "run": run.header.model_dump(mode="json"),
+            "state": run.state.value,
+            "folder": str(run.folder),
+            "streams": {name: run[name].header.model_dump(mode="json") for name in run.data_sources},
+            "processings": processings,
+        }
+        print(json.dumps(content))
+        return
+    console.print(f"[bold]{run.name}[/bold]  {run.state.value}  {run.folder}", highlight=False, soft_wrap=True)
+    table = Table("data source", "frames", "planned", "shape", "dtype", "from")
+    for name in run.data_sources:
+        header = run[name].header
+        shape = " × ".join(str(n) for n in header.shape) or "table"
+        table.add_row(name, str(len(run[name])), str(header.planned or ""), shape, header.dtype, header.parent or "")
+    console.print(table)
+    if processings:
+        table = Table("processing", "frames", "hits", "indexed", "recipe")
+        for name, summary in processings.items():
+            values = [str(summary.get(key, "…")) for key in ("frames", "hits", "indexed", "recipe")]
+            table.add_row(name, *values)
+        console.print(table)
+
+
+def ledgers(console: Console, run: Any, as_json: bool) -> bool:
+    """Show every primary stream's ledger; whether all balance."""
+    found = run.ledger()
+    is_balanced = all(ledger.is_balanced for ledger in found.values())
+    if as_json:
+        content = {name: x.model_dump(mode="json") | {"problems": x.problems} for name, x in found.items()}
+        print(json.dumps({"run": run.name, "state": run.state.value, "is_balanced": is_balanced, "ledger": content}))
+        return is_balanced
+    columns = ("planned", "announced", "received", "stored", "missing", "rejected", "duplicate", "late", "pending")
+    table = Table("data source", *columns)
+    for name, ledger in found.items():
+        table.add_row(name, *(str(getattr(ledger, column)) for column in columns))
+    console.print(table)
+    for name, ledger in found.items():
+        for part in ledger.ranges:
+            frames = f"frame {part.start}" if part.stop == part.start + 1 else f"frames {part.start}–{part.stop - 1}"
+            console.print(f"{name}: {frames} {part.state}: {part.cause}", highlight=False)
+        for problem in ledger.problems:
+            console.print(f"[red]does not balance:[/red] {problem}", highlight=False)
+    if is_balanced:
+        console.print(f"[green]the ledger balances[/green]; run {run.name} is {run.state.value}")
+    return is_balanced
+
+
+def read_status(service: str | None) -> dict[str, Any]:
+    """A service's own account of its condition."""
+    from streaming import wire
+    from streaming.client import Connection, is_reachable
+    from streaming.service import DEFAULT_ADDRESS
+
+    address = service or DEFAULT_ADDRESS
+    if not is_reachable(address):
+        raise ServiceUnavailable(f"nothing listens at {address}; start a service with `nearline serve`")
+    connection = Connection(address)
+    try:
+        content: dict[str, Any] = connection.ask_json(wire.GetStatus(id=0))
+    finally:
+        connection.close()
+    return content
+
+
+def service_status(console: Console, service: str | None, as_json: bool) -> None:
+    content = read_status(service)
+    if as_json:
+        print(json.dumps(content))
+        return
+    buffer, disk = content["buffer"], content["disk"]
+    room = "[red]full[/red]" if disk["is_full"] else f"{disk['free_bytes'] / 2**30:.1f} GiB free"
+    console.print(
+        f"[bold]{content['address']}[/bold]  {content['root']}  up {content['uptime_s']:.0f} s\n"
+        f"buffer {buffer['used_bytes'] / 2**20:.0f} of {buffer['budget_bytes'] / 2**20:.0f} MiB; "
+        f"disk {room}; {content['rejected_messages']} messages rejected",
+        highlight=False,
+    )
+    table = Table("source", "endpoint", "messages", "bad", "state")
+    for s in content["sources"]:
+        state = "[red]paused: buffer full[/red]" if s["is_paused"] else "listening"
+        table.add_row(s["name"], s["endpoint"], str(s["messages"]), str(s["bad_messages"]), state)
+    console.print(table)
+    table = Table("stream", "planned", "announced", "stored", "missing", "state")
+    for s in content["streams"]:
+        name = f"{s['experiment']}/{s['run']}/{s['data_source']}"
+        numbers = [str(s[key]) for key in ("planned", "announced", "stored", "missing")]
+        table.add_row(name, *numbers, "ended" if s["is_terminal"] else "live")
+    console.print(table)
+
+
+# ---- long work ----------------------------------------------------------------------------------
+
+
+class StageBars:
+    """A progress bar for each stage of a long piece of work."""
+
+    def __init__(self, console: Console) -> None:
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show how far a stage is; a stage without a total is a message."""
+        if total <= 0:
+            self._progress.console.print(stage, highlight=False)
+            return
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._bars[stage], completed=done, total=total)
+
+
+def series_sent(console: Console, sent: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: getattr(sent, name) for name in _SENT_FIELDS}, default=str))
+        return
+    rate = sent.n_frames / sent.seconds if sent.seconds else 0.0
+    console.print(
+        f"sent {sent.n_frames} frames, {sent.n_bytes / 1e6:.1f} MB, in {sent.seconds:.1f} s ({rate:.1f} frames/s)",
+        highlight=False,
+    )
+
+
+_SENT_FIELDS = ("endpoint", "n_series", "n_frames", "n_bytes", "seconds", "series_unique_ids")
+
+
+def run_with_prefect(request: Any) -> dict[str, Any]:
+    """Process as a Prefect flow."""
+    from flows.process_run import process_run
+
+    values = request.model_dump()
+    summary: dict[str, Any] = process_run(**values)
+    return summary
+
+
+def run_with_bar(request: Any, console: Console) -> dict[str, Any]:
+    """Process with no server, showing a bar."""
+    from flows.run_processing import run_processing
+
+    with StageBars(console) as bars:
+        return run_processing(request, reporter=_BarReporter(bars.update))
+
+
+class _BarReporter:
+    def __init__(self, update: Callable[[str, int, int], None]) -> None:
+        self._update = update
+
+    def started(self, run: Any, processing: Any, recipe: Any) -> None:
+        self._update(f"{run.name}: processing {processing.name} with recipe {recipe.name}", 0, 0)
+
+    def chunk_done(self, progress: Any) -> None:
+        totals = progress.totals
+        if progress.planned:
+            self._update("frames processed", progress.chunk.stop, progress.planned)
+        self._update(
+            f"chunk {progress.chunk.chunk}: {totals.hits} hits ({100 * totals.hit_rate:.1f} % of frames), "
+            f"{totals.indexed} indexed ({100 * totals.indexing_rate:.1f} % of hits), lag {progress.lag_frames} frames",
+            0,
+            0,
+        )
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        pass
+
+
+def processing_summary(console: Console, summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, default=str))
+        return
+    console.print(
+        f"[bold]{summary['experiment']}/{summary['run']}[/bold] processed as {summary['processing']}: "
+        f"{summary['frames']} frames, {summary['hits']} hits ({100 * summary['hit_rate']:.1f} % of frames), "
+        f"{summary['indexed']} indexed ({100 * summary['indexing_rate']:.1f} % of hits), {summary['seconds']:.1f} s",
+        highlight=False,
+    )
+    for name, path in summary["files"].items():
+        console.print(f"  {name:16} {path}", highlight=False, soft_wrap=True)
+    if summary["flow_run_url"]:
+        console.print(f"  {'flow run':16} {summary['flow_run_url']}", highlight=False, soft_wrap=True)
+
+
+def newest_run(experiment: str, root: Path) -> int:
+    """The highest run number of an experiment in a data folder, 0 if it has none."""
+    parse_run_key(f"{experiment}/0")
+    return max((int(p.name) for p in (root / experiment).glob("[0-9]*") if p.name.isdecimal()), default=0)

@@ -32,7 +32,10 @@ def publish_file(source: Path, path: Path) -> bool:
 def replace(path: Path, content: bytes) -> None:
     """Swap a derived file for a new version in one step."""
     aside = _write_aside(path, content)
-    os.replace(aside, path)
+    try:
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -48,8 +51,13 @@ def sync_folder(folder: Path) -> None:
 def _write_aside(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # On a full disk the half-written file would take the room that the next attempt needs.
+        aside.unlink(missing_ok=True)
+        raise
     return aside

@@ -4,7 +4,7 @@ Slots and MessagePack rather than validated models: this is the hot path.
 """
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import blake3
 import google_crc32c
@@ -12,8 +12,15 @@ import msgspec
 import numpy as np
 
 from storage.codec import Buffer
+from storage.errors import BadFrame
 
-__all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest"]
+__all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest", "meta_bytes"]
+
+
+# What the frame table's columns can hold; a number beyond it would stop a chunk from being sealed.
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_LARGEST_META_BYTES = 4 << 20
+_DEEPEST_META = 32
 
 
 class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
@@ -28,31 +35,63 @@ class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
     size_bytes: int = 0
     crc32c: int = 0
     digest: bytes = b""
-    received_ns: int = 0
-    start_tick: int | None = None
-    stop_tick: int | None = None
-    tick_rate: int | None = None
-    utc_ns: int | None = None
+    received_ns: _Int64 = 0
+    start_tick: _Int64 | None = None
+    stop_tick: _Int64 | None = None
+    tick_rate: _Int64 | None = None
+    utc_ns: _Int64 | None = None
     utc_source: str = "receiver"
-    utc_uncertainty_ns: int | None = None
-    series_id: int | None = None
+    utc_uncertainty_ns: _Int64 | None = None
+    series_id: _Int64 | None = None
     series_unique_id: str | None = None
-    series_frame: int | None = None
-    trigger_index: int | None = None
+    series_frame: _Int64 | None = None
+    trigger_index: _Int64 | None = None
     producer: str = ""
-    sequence: int | None = None
+    sequence: _Int64 | None = None
     meta: dict[str, Any] = {}
 
 
 class RawFrame(msgspec.Struct):
-    """A frame's row and its bytes exactly as the detector compressed them."""
+    """A frame's row and its bytes exactly as the detector compressed them.
+
+    ``cost_bytes`` is what it takes in memory, row and metadata included; 0 where nobody counts.
+    """
 
     info: FrameInfo
     blob: Any  # bytes-like
+    cost_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.info.size_bytes
+
+
+def meta_bytes(meta: dict[str, Any]) -> int:
+    """Size of a frame's metadata as JSON, which is how it is kept for good.
+
+    Raises
+    ------
+    BadFrame : not JSON (bytes, dates, circles), nested too deep, or larger than 4 MiB.
+    """
+    if not meta:
+        return 0
+    try:
+        _check_depth(meta, 0)
+        size = len(json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise BadFrame(f"a frame's metadata must be plain JSON: {error}") from None
+    if size > _LARGEST_META_BYTES:
+        raise BadFrame(f"a frame's metadata of {size} bytes is larger than {_LARGEST_META_BYTES}; send it as a frame")
+    return size
+
+
+def _check_depth(item: Any, depth: int) -> None:
+    if not isinstance(item, dict | list | tuple):
+        return
+    if depth > _DEEPEST_META:
+        raise BadFrame(f"a frame's metadata is nested deeper than {_DEEPEST_META} levels; make it flatter")
+    for value in item.values() if isinstance(item, dict) else item:
+        _check_depth(value, depth + 1)
 
 
 def blob_crc32c(blob: Buffer) -> int:

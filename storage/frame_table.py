@@ -36,18 +36,21 @@ _SCHEMA = pa.schema(
 )
 _FIELDS = tuple(_SCHEMA.names)
 _META = "meta"
+# A source that invents keys would make a table of a million columns; the JSON keeps the rest.
+_MOST_COLUMNS = 500
 
 
 def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
     """Rows in index order; scalar metadata as columns of its own, all of it as JSON in ``meta``.
 
-    A metadata key that carries one of the standard names stays in the JSON only.
+    A metadata key that carries one of the standard names stays in the JSON only, and so do all
+    keys beyond the first 500.
     """
     rows = sorted(infos, key=lambda info: info.frame_index)
     columns = [pa.array([getattr(row, name) for row in rows], _SCHEMA.field(name).type) for name in _FIELDS]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
     metas = [row.meta for row in rows]
-    for key in sorted({k for meta in metas for k in meta} - set(_FIELDS) - {_META}):
+    for key in sorted({k for meta in metas for k in meta} - set(_FIELDS) - {_META})[:_MOST_COLUMNS]:
         values = _scalar_column([meta.get(key) for meta in metas])
         if values is not None:
             table = table.append_column(key, values)
@@ -85,7 +88,5 @@ def _scalar_column(values: list[Any]) -> pa.Array | None:
         return None
     try:
         return pa.array(values, kind)
-    except pa.ArrowInvalid:  # an integer beyond 64 bits: the JSON keeps it
-        return None
-    except OverflowError:
+    except (pa.ArrowInvalid, OverflowError):  # an integer beyond 64 bits: the JSON keeps it
         return None

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from storage.codec import Buffer
-from storage.errors import CorruptFrame, StorageFull
+from storage.errors import BadFrame, CorruptFrame, StorageFull
 from storage.frame import FrameInfo, RawFrame, blob_crc32c
 
 __all__ = ["CRC_BYTES", "Journal", "Location", "read_located", "scan_journal"]
@@ -66,8 +66,11 @@ class Journal:
 
     @classmethod
     def create(cls, path: Path, start: int, size: int) -> "Journal":
-        """Begin a new journal file; its folder must exist."""
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        """Begin a new journal file; its folder must exist. An empty one, left by a failed beginning, is used."""
+        fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        if os.fstat(fd).st_size:
+            os.close(fd)
+            raise FileExistsError(f"{path} holds frames already; recover it")
         return cls(path, start, size, fd=fd)
 
     @classmethod
@@ -93,6 +96,8 @@ class Journal:
         StorageFull : the disk refused; the journal is as it was before.
         """
         meta = _encode(info)
+        if len(meta) > _LARGEST_META_BYTES:
+            raise BadFrame(f"the row of frame {info.frame_index} takes {len(meta)} bytes; recovery would not read it")
         head = _HEAD.pack(_MAGIC, info.frame_index, len(meta), info.size_bytes, info.crc32c)
         crc = _CRC.pack(google_crc32c.extend(google_crc32c.value(head), meta))
         before = len(head) + len(crc) + len(meta)
@@ -123,6 +128,7 @@ class Journal:
         os.fsync(self.fd)
 
     def close(self) -> None:
+        """Close the file; only where no other thread can be reading. Otherwise the last user closes it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -130,12 +136,16 @@ class Journal:
     def __del__(self) -> None:
         self.close()
 
+    def look_again(self) -> None:
+        """Take in what a living writer has appended since (for a `view`)."""
+        self._load()
+
     def _load(self) -> None:
-        for info, location in scan_journal(self.path):
+        for info, location in scan_journal(self.fd, self.end):
+            self.end = location.offset + location.length + CRC_BYTES
             if self.start <= info.frame_index < self.start + self.size:
-                self.infos[info.frame_index] = info
                 self.locations[info.frame_index] = location
-                self.end = location.offset + location.length + CRC_BYTES
+                self.infos[info.frame_index] = info
 
     def _write(self, parts: list[Buffer], n_bytes: int) -> None:
         """All parts at the journal's end, or StorageFull with the file cut back to where it was."""
@@ -154,27 +164,25 @@ class Journal:
             raise
 
 
-def scan_journal(path: Path) -> Iterator[tuple[FrameInfo, Location]]:
-    """Each whole record of a journal (or shard) in file order, up to the first torn or foreign byte."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        at, fixed = 0, _HEAD.size + _CRC.size
-        while at + fixed <= size:
-            head = os.pread(file.fileno(), fixed, at)
-            magic, _, meta_length, blob_length, blob_crc = _HEAD.unpack_from(head)
-            end = at + fixed + meta_length + blob_length + CRC_BYTES
-            if magic != _MAGIC or meta_length > _LARGEST_META_BYTES or end > size:
-                return
-            meta = os.pread(file.fileno(), meta_length, at + fixed)
-            (crc,) = _CRC.unpack_from(head, _HEAD.size)
-            if google_crc32c.extend(google_crc32c.value(head[: _HEAD.size]), meta) != crc:
-                return
-            location = Location(at + fixed + meta_length, blob_length)
-            # A record's header can reach the disk before its blob: only the blob's crc tells.
-            if blob_crc32c(os.pread(file.fileno(), blob_length, location.offset)) != blob_crc:
-                return
-            yield _decode(meta), location
-            at = end
+def scan_journal(fd: int, at: int = 0) -> Iterator[tuple[FrameInfo, Location]]:
+    """Each whole record of a journal (or shard) from offset ``at``, up to the first torn or foreign byte."""
+    size, fixed = os.fstat(fd).st_size, _HEAD.size + _CRC.size
+    while at + fixed <= size:
+        head = os.pread(fd, fixed, at)
+        magic, _, meta_length, blob_length, blob_crc = _HEAD.unpack_from(head)
+        end = at + fixed + meta_length + blob_length + CRC_BYTES
+        if magic != _MAGIC or meta_length > _LARGEST_META_BYTES or end > size:
+            return
+        meta = os.pread(fd, meta_length, at + fixed)
+        (crc,) = _CRC.unpack_from(head, _HEAD.size)
+        if google_crc32c.extend(google_crc32c.value(head[: _HEAD.size]), meta) != crc:
+            return
+        location = Location(at + fixed + meta_length, blob_length)
+        # A record's header can reach the disk before its blob: only the blob's crc tells.
+        if blob_crc32c(os.pread(fd, blob_length, location.offset)) != blob_crc:
+            return
+        yield _decode(meta), location
+        at = end
 
 
 def read_located(fd: int, location: Location, crc: int, frame_index: int, path: Path) -> bytes:

@@ -5,16 +5,19 @@ description: lengths in m, energies in eV, wavelengths in Å, times in s, beam c
 measured from the outer corner of the first pixel (pixel i spans i to i + 1).
 """
 
+import math
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.errors import BadFrame
 
 __all__ = [
+    "DTYPES",
+    "MOST_FRAME_BYTES",
     "SCHEMA_VERSION",
     "DetectorHeader",
     "Model",
@@ -25,6 +28,13 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+DTYPES = (
+    "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
+)  # fmt: skip
+# One decoded frame; LZ4 itself counts in 32-bit integers.
+MOST_FRAME_BYTES = 1 << 31
+# The shard index has 16 bytes for each frame of a chunk, in memory while it is sealed.
+MOST_FRAMES_PER_CHUNK = 100_000
 
 
 class Model(BaseModel):
@@ -91,7 +101,7 @@ class StreamHeader(Model):
     shape: tuple[int, ...] = Field((), description="of one frame, (slow, fast) for an image; () for a table")
     dtype: str = Field("", description="NumPy name, e.g. uint16; empty for a table")
     codec: Literal["bslz4", "lz4", "raw"] = "bslz4"
-    frames_per_chunk: int = Field(100, gt=0)
+    frames_per_chunk: int = Field(100, gt=0, le=MOST_FRAMES_PER_CHUNK)
     planned: int = Field(0, ge=0, description="frames the source means to send; 0 when unknown")
     detector: DetectorHeader | None = None
     series: SeriesHeader | None = None
@@ -102,9 +112,22 @@ class StreamHeader(Model):
     @field_validator("dtype")
     @classmethod
     def _numeric(cls, name: str) -> str:
-        if name and np.dtype(name).kind not in "uif":
-            raise BadFrame(f"dtype {name!r} is not a number; use uint8 to uint64, int, or float32/64")
+        if name and name not in DTYPES:
+            raise BadFrame(f"dtype {name[:40]!r} is not one of {', '.join(DTYPES)}; convert the frames first")
         return name
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "StreamHeader":
+        """A shape that can be allocated: sizes are believed from here on."""
+        if self.kind == "table":
+            return self
+        if not self.dtype:
+            raise BadFrame(f"stream {self.data_source[:100]!r} has frames, but no dtype; give a NumPy name like uint16")
+        if len(self.shape) > 3 or any(n <= 0 for n in self.shape):
+            raise BadFrame(f"frames of shape {self.shape} cannot be stored; use 0 to 3 axes, none of them empty")
+        if math.prod(self.shape) * np.dtype(self.dtype).itemsize > MOST_FRAME_BYTES:
+            raise BadFrame(f"a frame of {self.dtype} {self.shape} is larger than {MOST_FRAME_BYTES} bytes; split it")
+        return self
 
     @property
     def fill_value(self) -> int | float:

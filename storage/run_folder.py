@@ -5,8 +5,10 @@ All facts of a run live here; the catalog is only an index of them.
 
 import fcntl
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +34,11 @@ __all__ = [
     "latest_epoch",
 ]
 
+log = logging.getLogger("nearline.storage")
+
 _STREAM_SUFFIX = ".stream.json"
+_LOCK_ATTEMPTS = 20
+_LOCK_PAUSE_S = 0.01
 
 
 class StreamOwned(NearlineError):
@@ -204,19 +210,28 @@ def claim_stream(paths: StreamPaths, owner: str) -> tuple[int, int]:
     """
     paths.claims.mkdir(parents=True, exist_ok=True)
     fd = os.open(paths.claims / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not _lock_soon(fd):
         os.close(fd)
         raise StreamOwned(
             f"{paths.data_source} in {paths.claims.parent} is being written by {last_claim(paths)}; "
             "stop that one first, or use another data folder"
-        ) from None
+        )
     epoch = 1 + max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
     claim = json.dumps({"owner": owner, "at": datetime.now(UTC).isoformat()}).encode()
     while not publish(paths.claims / f"{epoch:06d}.json", claim):
         epoch += 1
     return epoch, fd
+
+
+def _lock_soon(fd: int) -> bool:
+    """Take the lock, with a little patience: a reader in `has_writer` holds it for an instant."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(_LOCK_PAUSE_S * (attempt + 1 < _LOCK_ATTEMPTS))
+    return False
 
 
 def has_writer(paths: StreamPaths) -> bool:
@@ -246,7 +261,10 @@ def latest_epoch(paths: StreamPaths) -> int:
 
 
 def find_runs(root: Path) -> Iterator[RunFolder]:
-    """Every run below a data folder, by experiment and run number."""
+    """Every run below a data folder, by experiment and run number; an unreadable one is named in the log."""
     found = [p.parent for p in root.glob("*/*/run.json") if re.fullmatch(r"\d+", p.parent.name)]
     for path in sorted(found, key=lambda p: (p.parent.name, int(p.name))):
-        yield RunFolder.open(path)
+        try:
+            yield RunFolder.open(path)
+        except (RunNotFound, OSError) as error:
+            log.error("left out: %s", error)

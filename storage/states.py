@@ -4,6 +4,7 @@ Each index below ``announced`` is in exactly one state. Pending means that nobod
 allowed while a run is live, an imbalance once it has ended.
 """
 
+import itertools
 from enum import IntEnum
 
 import numpy as np
@@ -33,11 +34,17 @@ class StateRange(Model):
 
 
 class IndexStates:
-    """One byte per frame index, grown as needed; written by one thread, readable from any."""
+    """A state and a cause per frame index, grown as needed; written by one thread, readable from any.
+
+    Readers take ``announced`` before the arrays: those are replaced by longer ones first.
+    """
 
     def __init__(self) -> None:
         self._codes = np.zeros(1024, np.uint8)
-        self._causes: dict[int, str] = {}
+        # Which of the known causes each index has: a million missing frames share one string.
+        self._cause_of = np.zeros(1024, np.uint32)
+        self._causes: list[str] = ["unknown"]
+        self._cause_numbers: dict[str, int] = {}
         self.announced = 0
         self._watermark = 0
 
@@ -47,65 +54,75 @@ class IndexStates:
     def set(self, start: int, stop: int, state: FrameState, cause: str | None = None) -> None:
         """Put ``start <= index < stop`` into a state; the stream is announced at least to ``stop``."""
         self.announce(stop)
+        self._cause_of[start:stop] = self._number_of(cause)
         self._codes[start:stop] = state
-        for index in range(start, stop):
-            if cause:
-                self._causes[index] = cause
-            else:
-                self._causes.pop(index, None)
+
+    def account(self, start: int, stop: int, state: FrameState, cause: str | None) -> None:
+        """Put those indices of a range that are still pending into a state."""
+        self.announce(stop)
+        pending = self._codes[start:stop] == FrameState.pending
+        self._cause_of[start:stop][pending] = self._number_of(cause)
+        self._codes[start:stop][pending] = state
 
     def announce(self, stop: int) -> None:
         """Make indices below ``stop`` known to exist."""
         if stop > len(self._codes):
-            grown = np.zeros(max(stop, 2 * len(self._codes)), np.uint8)
-            grown[: len(self._codes)] = self._codes
-            self._codes = grown
+            size = max(stop, 2 * len(self._codes))
+            self._cause_of = np.concatenate([self._cause_of, np.zeros(size - len(self._cause_of), np.uint32)])
+            self._codes = np.concatenate([self._codes, np.zeros(size - len(self._codes), np.uint8)])
         self.announced = max(self.announced, stop)
 
     @property
     def watermark(self) -> int:
         """The first index still pending: all before it are final enough to be handed out."""
+        announced = self.announced
         codes, at = self._codes, self._watermark
-        while at < self.announced and codes[at]:
-            nothing = np.flatnonzero(codes[at : self.announced] == 0)[:1]
-            at = at + int(nothing[0]) if nothing.size else self.announced
-        self._watermark = at
+        if at < announced and codes[at]:
+            open_ones = codes[at:announced] == FrameState.pending
+            first = int(open_ones.argmax())
+            at = at + first if open_ones[first] else announced
+            self._watermark = at
         return at
 
     def count(self, state: FrameState, start: int = 0, stop: int | None = None) -> int:
         """How many announced indices are in a state."""
-        stop = self.announced if stop is None else min(stop, self.announced)
+        start, stop = self._announced_range(start, stop)
         return int(np.count_nonzero(self._codes[start:stop] == state))
 
     def indices(self, state: FrameState, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The announced indices in a state, rising, int64."""
-        stop = self.announced if stop is None else min(stop, self.announced)
+        start, stop = self._announced_range(start, stop)
         return np.flatnonzero(self._codes[start:stop] == state) + start
 
     def cause(self, index: int) -> str:
         """Why an index is missing or was rejected; ``unknown`` when nobody could tell."""
-        return self._causes.get(index, "unknown")
+        return self._causes[int(self._cause_of[index])] if 0 <= index < self.announced else self._causes[0]
 
     def ranges(self, start: int = 0, stop: int | None = None) -> list[StateRange]:
         """Runs of equal state and cause over the announced indices, in order, without gaps."""
-        stop = self.announced if stop is None else min(stop, self.announced)
-        found: list[StateRange] = []
-        codes = self._codes[start:stop]
-        edges = np.flatnonzero(np.diff(codes)) + 1
-        for begin, end in zip([0, *edges], [*edges, len(codes)], strict=True):
-            if end > begin:
-                found += self._split_by_cause(FrameState(int(codes[begin])), start + int(begin), start + int(end))
-        return found
+        start, stop = self._announced_range(start, stop)
+        codes, cause_of = self._codes[start:stop], self._cause_of[start:stop]
+        edges = np.flatnonzero((codes[1:] != codes[:-1]) | (cause_of[1:] != cause_of[:-1])) + 1
+        limits = [0, *edges.tolist(), len(codes)] if len(codes) else []
+        return [self._range(start + begin, start + end) for begin, end in itertools.pairwise(limits)]
 
-    def _split_by_cause(self, state: FrameState, start: int, stop: int) -> list[StateRange]:
-        if state in (FrameState.stored, FrameState.pending):
-            return [StateRange(state=state.name, start=start, stop=stop)]
-        found, begin = [], start
-        for index in range(start + 1, stop + 1):
-            if index == stop or self.cause(index) != self.cause(begin):
-                found.append(StateRange(state=state.name, start=begin, stop=index, cause=self.cause(begin)))
-                begin = index
-        return found
+    def _range(self, start: int, stop: int) -> StateRange:
+        state = self[start]
+        has_cause = state in (FrameState.missing, FrameState.rejected)
+        return StateRange(state=state.name, start=start, stop=stop, cause=self.cause(start) if has_cause else None)
+
+    def _announced_range(self, start: int, stop: int | None) -> tuple[int, int]:
+        """The part of a range that is announced; whatever a caller asks for, 0 <= start <= stop."""
+        stop = self.announced if stop is None else min(max(stop, 0), self.announced)
+        return min(max(start, 0), stop), stop
+
+    def _number_of(self, cause: str | None) -> int:
+        if not cause or cause == self._causes[0]:
+            return 0
+        if cause not in self._cause_numbers:
+            self._causes.append(cause)
+            self._cause_numbers[cause] = len(self._causes) - 1
+        return self._cause_numbers[cause]
 
 
 class StreamLedger(Model):

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from storage.errors import NearlineError, RunNotFound
 from storage.files import publish, replace, sync_folder
+from storage.frame_table import table_bytes
 from storage.models import Model
 from storage.names import check_name
 
@@ -52,17 +53,19 @@ class StepStore:
 
     def save(self, digest: str, key: dict[str, Any], tables: Tables) -> None:
         """Publish a step's tables in one step, with what they were computed from."""
-        aside = self._root / f".{digest}.{os.getpid()}"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = self._root / f".{digest}.{os.getpid()}.{os.urandom(4).hex()}"
         aside.mkdir(parents=True)
-        for name, table in tables.items():
-            pq.write_table(table, aside / f"{check_name(name, 'table')}.parquet", compression="zstd")
-        (aside / "step.json").write_text(json.dumps(key, indent=1, sort_keys=True, default=str))
         try:
+            for name, table in tables.items():
+                publish(aside / f"{check_name(name, 'table')}.parquet", table_bytes(table))
+            publish(aside / "step.json", json.dumps(key, indent=1, sort_keys=True, default=str).encode())
             aside.rename(self._root / digest)
-        except OSError:  # someone else was faster; the same digest means the same content
-            shutil.rmtree(aside)
-            return
+        except OSError:
+            # Someone else was faster; the same digest means the same content. Anything else is a failure.
+            if self.load(digest) is None:
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         sync_folder(self._root)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from storage.errors import GroupNeedsService
+from storage.errors import CorruptFrame, GroupNeedsService
 from storage.frame import FrameInfo, RawFrame
 from storage.journal import Journal
 from storage.masks import read_plane
@@ -66,6 +66,10 @@ class StreamSource(Protocol):
         """Frames in index order, at least the first one available in the range; [] if there is none.
 
         May stop early to bound memory: go on behind the last frame returned.
+
+        Raises
+        ------
+        CorruptFrame : the first stored frame of the range is damaged.
         """
         ...
 
@@ -89,7 +93,7 @@ class StreamSource(Protocol):
         """Every frame accounted for."""
         ...
 
-    def follow_group(self, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
+    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
         """Frames leased to this member of a group, each acknowledged when the next is asked for."""
         ...
 
@@ -110,7 +114,7 @@ class FolderSource:
         self._paths = folder.stream(data_source)
         self.states = IndexStates()
         self._commits: dict[int, ChunkCommit] = {}
-        self._journals: dict[int, tuple[int, Journal]] = {}
+        self._journals: dict[int, Journal] = {}
         self._chunks = SealedChunks(self._paths, self.header)
         self._finished: dict | None = None
         self._is_terminal = False
@@ -135,7 +139,12 @@ class FolderSource:
         frames: list[RawFrame] = []
         n_bytes = 0
         for index in self.states.indices(FrameState.stored, start, stop):
-            frames.append(self.read_one(int(index)))
+            try:
+                frames.append(self.read_one(int(index)))
+            except CorruptFrame:
+                if frames:  # those before it are good; the next call names the damaged one
+                    break
+                raise
             n_bytes += frames[-1].nbytes
             if n_bytes >= self._READ_BYTES:
                 break
@@ -145,8 +154,9 @@ class FolderSource:
         if self.states[frame_index] is not FrameState.stored:
             self._refresh()
         chunk = frame_index // self.header.frames_per_chunk
-        if chunk in self._journals and frame_index in self._journals[chunk][1].infos:
-            return self._journals[chunk][1].read(frame_index)
+        journal = self._journals.get(chunk)
+        if journal is not None and frame_index in journal.infos:
+            return journal.read(frame_index)
         if self.states[frame_index] is not FrameState.stored:
             raise missing_frame(self.header, self.states, frame_index, is_terminal=self._is_terminal)
         return self._chunks.read(frame_index)
@@ -155,7 +165,7 @@ class FolderSource:
         """Rows of the frame table in index order, without reading payloads."""
         size = self.header.frames_per_chunk
         for chunk in range(start // size, -(-stop // size)):
-            rows = self._journals[chunk][1].infos if chunk in self._journals else {}
+            rows = self._journals[chunk].infos if chunk in self._journals else {}
             if chunk in self._commits:
                 rows = self._chunks.infos(chunk)
             for index in sorted(rows):
@@ -191,7 +201,7 @@ class FolderSource:
             is_terminal=self._finished is not None,
         )
 
-    def follow_group(self, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
+    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
         raise GroupNeedsService(
             f"group {group!r} cannot share frames of the folder {self.folder.path}: groups need a running service; "
             "start one with `nearline serve`, or follow() without a group"
@@ -208,8 +218,12 @@ class FolderSource:
 
     def _refresh(self) -> None:
         """Take in what has been published since the last look."""
-        if self._is_terminal:
+        if self._finished is not None:
             return
+        if not self.states.announced:
+            # Until the first frame the codec is the writer's guess.
+            self.header = self.folder.stream_header(self.header.data_source)
+            self._chunks = SealedChunks(self._paths, self.header)
         # Asked before reading: a writer that stops in between leaves nothing behind unseen.
         is_written = has_writer(self._paths)
         self._finished = self.folder.finished(self.header.data_source)
@@ -223,16 +237,21 @@ class FolderSource:
         self._is_terminal = self._finished is not None or not is_written
 
     def _look_into_journal(self, chunk: int, path: Path) -> None:
-        try:
-            size = path.stat().st_size
-            if chunk in self._commits or self._journals.get(chunk, (0,))[0] == size:
-                return
-            start = chunk * self.header.frames_per_chunk
-            journal = Journal.view(path, start, self.header.frames_per_chunk)
-        except FileNotFoundError:  # sealed meanwhile; its commit comes next
+        if chunk in self._commits:
             return
-        self._journals[chunk] = (size, journal)
-        for index in journal.infos:
+        journal = self._journals.get(chunk)
+        if journal is None:
+            try:
+                journal = Journal.view(path, chunk * self.header.frames_per_chunk, self.header.frames_per_chunk)
+            except FileNotFoundError:  # sealed meanwhile; its commit comes next
+                return
+            self._journals[chunk] = journal
+            new = list(journal.infos)
+        else:
+            n_known = len(journal.infos)
+            journal.look_again()
+            new = list(journal.infos)[n_known:]
+        for index in new:
             self.states.set(index, index + 1, FrameState.stored)
 
     def _adopt(self, commit: ChunkCommit) -> None:

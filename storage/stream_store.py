@@ -18,7 +18,7 @@ import blake3
 import numpy as np
 
 from storage.codec import Buffer
-from storage.errors import FrameMissing, FrameNotYetAvailable, IndexConflict
+from storage.errors import BadFrame, FrameMissing, FrameNotYetAvailable, IndexConflict
 from storage.files import publish, publish_file, replace, sync_folder
 from storage.frame import FrameInfo, RawFrame, content_digest
 from storage.frame_table import frame_table, read_frame_table, table_bytes
@@ -171,16 +171,23 @@ class StreamStore:
         if journal is None:
             size = self.header.frames_per_chunk
             journal = Journal.create(self.paths.open_journal(chunk), chunk * size, size)
-            sync_folder(self.paths.journal)
             self._journals[chunk] = journal
+            sync_folder(self.paths.journal)
         journal.append(info, blob)
         self.states.set(info.frame_index, info.frame_index + 1, FrameState.stored)
 
     def account(self, start: int, stop: int, state: FrameState, cause: str) -> None:
         """Declare the pending indices of a range missing or rejected, with the cause."""
-        self.states.announce(stop)
-        for index in self.states.indices(FrameState.pending, start, stop):
-            self.states.set(int(index), int(index) + 1, state, cause)
+        self.states.account(start, stop, state, cause)
+
+    def change_codec(self, codec: str) -> None:
+        """Correct the header before the first frame: a start message does not say how frames are compressed."""
+        if self.states.announced:
+            raise BadFrame(f"{self.header.data_source} has frames already; its codec stays {self.header.codec}")
+        self.header = StreamHeader.model_validate(self.header.model_dump() | {"codec": codec})
+        self._chunks = SealedChunks(self.paths, self.header)
+        replace(self.paths.header, self.header.model_dump_json(indent=2).encode())
+        self._write_zarr_metadata()
 
     def seal_complete(self) -> list[ChunkCommit]:
         """Seal every whole chunk in which no index is pending any more."""
@@ -201,7 +208,6 @@ class StreamStore:
         self.states.announce(announced)
         done = self._seal_all(cause)
         self._publish_length()
-        self.is_finished = True
         self.folder.add_event(
             "stream_finished",
             {
@@ -211,6 +217,8 @@ class StreamStore:
                 "late": self.late,
             },
         )
+        # Last: on a full disk the end is tried again from the top.
+        self.is_finished = True
         return done
 
     def read(self, frame_index: int) -> RawFrame:
@@ -248,8 +256,7 @@ class StreamStore:
 
     def close(self) -> None:
         """Give the stream up; open journals stay as they are and can be recovered."""
-        for journal in self._journals.values():
-            journal.close()
+        # Not closed by hand: a reader may be in the middle of one, the last to let go closes it.
         self._journals = {}
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -258,9 +265,14 @@ class StreamStore:
     def _make_folders(self) -> None:
         for folder in (self.paths.frames, self.paths.chunks, self.paths.journal):
             folder.mkdir(parents=True, exist_ok=True)
+            for aside in folder.glob(".*"):  # what a crash left of a file being written
+                aside.unlink()
         if self.header.kind == "frames" and not (self.paths.array / "zarr.json").exists():
-            write_group(self.paths.zarr, {"nearline": self.header.model_dump(mode="json")})
-            write_array_metadata(self.paths.array, self.header, 0)
+            self._write_zarr_metadata()
+
+    def _write_zarr_metadata(self) -> None:
+        write_group(self.paths.zarr, {"nearline": self.header.model_dump(mode="json")})
+        write_array_metadata(self.paths.array, self.header, 0)
 
     def _adopt_commit(self, commit: ChunkCommit) -> None:
         self.sealed[commit.chunk] = commit
@@ -363,6 +375,8 @@ def missing_frame(
 ) -> FrameMissing | FrameNotYetAvailable:
     """The error that says why a frame cannot be had."""
     name = f"frame {index} of {header.experiment}/{header.run}/{header.data_source}"
+    if index < 0:
+        return FrameMissing(f"{name} does not exist: counted from the end, there are {states.announced} frames so far")
     state = states[index]
     if state in (FrameState.missing, FrameState.rejected):
         return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")

@@ -271,6 +271,13 @@ class _Work:
         self._call("export", self._run.name, chunk.commit, partial(exporter.add_chunk, frames, result))
         result.manifest.seconds["export"] = time.perf_counter() - before
         self._totals.add(result.manifest)
+        log.info(
+            "chunk %d: %d frames, %d hits, %d indexed",
+            chunk.commit.chunk,
+            result.manifest.n_frames,
+            result.manifest.n_hits,
+            result.manifest.n_indexed,
+        )
         self._draw(frames, result)
         self._processing.add_chunk(result.manifest)
         status = self._stream.status

@@ -16,7 +16,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -307,22 +306,26 @@ class _Demo:
         )
 
     def _summarise(self, result: "_Result") -> None:
-        c, summary = self._console, result.summary
-        rows = Table.grid(padding=(0, 2))
-        ledger = result.ledger
-        verdict = "[green]balances[/green]" if ledger.is_balanced else "[red]does not balance[/red]"
-        rows.add_row("ledger", f"{verdict}: {ledger.stored} of {ledger.planned} stored, {ledger.missing} missing")
-        for name, text in result.rates():
-            rows.add_row(name, text)
-        for name, path in {"run": str(result.folder), **summary["files"]}.items():
-            rows.add_row(name.replace("_", " "), path)
-        rows.add_row("Prefect UI", str(summary["flow_run_url"]) + ("" if self._settings.keep else "  (with --keep)"))
+        summary, ledger = result.summary, result.ledger
         colour = "green" if result.is_good else "red"
         title = "everything agrees" if result.is_good else "; ".join(result.problems)
-        c.print(Panel(rows, title=f"{self._run_name}: {title}", border_style=colour, expand=False), soft_wrap=True)
-        c.print("To go on:")
+        self._print(f"\n[{colour} bold]{self._run_name}: {title}[/]")
+        verdict = "balances" if ledger.is_balanced else "[red]does not balance[/red]"
+        rows = [("ledger", f"{verdict}: {ledger.stored} of {ledger.planned} stored, {ledger.missing} missing")]
+        rows += result.rates()
+        rows += [("run folder", str(result.folder))]
+        rows += [(name.replace("_", " "), path) for name, path in summary["files"].items()]
+        rows += [("pictures", os.path.dirname(summary["pictures"][0]))] if summary["pictures"] else []
+        rows += [("Prefect UI", str(summary["flow_run_url"]) + ("" if self._settings.keep else "  (up with --keep)"))]
+        for name, text in rows:
+            self._print(f"  {name:16} {text}")
+        self._print("To go on:")
         for line in self._next_lines(result):
-            c.print(f"  {line}", highlight=False, soft_wrap=True)
+            self._print(f"  {line}")
+
+    def _print(self, line: str) -> None:
+        """One line, however long: paths are for copying."""
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def _next_lines(self, result: "_Result") -> list[str]:
         command = shutil.which("nearline") or "nearline"

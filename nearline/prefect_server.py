@@ -23,7 +23,8 @@ _SETTINGS = {
     "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "200",
     "PREFECT_RUNNER_POLL_FREQUENCY": "1",
     "PREFECT_WORKER_QUERY_SECONDS": "1",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # Our own log lines belong to the flow run's page.
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "nearline",
 }
 
 

@@ -18,6 +18,7 @@ the store adds a crc32c to every frame for that reason.
 """
 
 import ctypes
+import math
 import os
 import struct
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 
 from storage.errors import BadFrame
 
-__all__ = ["CODECS", "HEAD_BYTES", "Buffer", "check_blob", "decode", "decode_into", "encode"]
+__all__ = ["CODECS", "HEAD_BYTES", "MOST_FRAME_BYTES", "Buffer", "check_blob", "decode", "decode_into", "encode"]
 
 Buffer = bytes | bytearray | memoryview
 CODECS = ("bslz4", "lz4", "raw")
@@ -38,6 +39,10 @@ HEAD_BYTES = 12
 BLOCK_BYTES = 8192
 # HDF5's own limit for an LZ4 block; a larger declared block is a bad header, not a frame.
 _LARGEST_BLOCK_BYTES = 1 << 24
+# One decoded frame; LZ4 itself counts in 32-bit integers.
+MOST_FRAME_BYTES = 1 << 31
+# A byte of LZ4 stands for at most 255 (LZ4 block format, match lengths): whatever claims more is no frame.
+_LZ4_BEST_RATIO = 255
 _HEAD = struct.Struct(">QI")
 _LENGTH = struct.Struct(">I")
 
@@ -69,8 +74,10 @@ def check_blob(blob: Buffer, codec: str, shape: tuple[int, ...], dtype: Any) -> 
     BadFrame : unknown codec, wrong declared size, or block lengths that do not add up.
     """
     dtype = np.dtype(dtype)
-    expected = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     view = _bytes_view(blob)
+    if min(shape, default=0) < 0 or expected > MOST_FRAME_BYTES:
+        raise BadFrame(f"shape {shape} of {dtype} cannot be a frame; at most {MOST_FRAME_BYTES} bytes decoded")
     if codec == "raw":
         if view.nbytes != expected:
             raise BadFrame(
@@ -88,6 +95,8 @@ def check_blob(blob: Buffer, codec: str, shape: tuple[int, ...], dtype: Any) -> 
             f"{codec} frame declares {declared} uncompressed bytes, but shape {shape} of {dtype} "
             f"needs {expected}; check the shape and dtype the source announces"
         )
+    if declared > _LZ4_BEST_RATIO * view.nbytes:
+        raise BadFrame(f"{codec} frame of {view.nbytes} bytes declares {declared}; LZ4 cannot shrink that far")
     if codec == "bslz4":
         _check_bslz4_blocks(view, dtype.itemsize, declared, block_bytes)
     else:

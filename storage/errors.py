@@ -11,6 +11,7 @@ __all__ = [
     "CorruptFrame",
     "FrameMissing",
     "FrameNotYetAvailable",
+    "FrameTooLate",
     "GroupNeedsService",
     "IndexConflict",
     "NearlineError",
@@ -54,6 +55,10 @@ class FrameMissing(NearlineError, LookupError):
 
 class FrameNotYetAvailable(NearlineError, LookupError):
     """A frame index that the live run has not reached."""
+
+
+class FrameTooLate(NearlineError):
+    """A frame that came after its chunk was sealed without it; the ledger counts it as late."""
 
 
 class RunNotFound(NearlineError, LookupError):

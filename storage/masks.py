@@ -12,7 +12,9 @@ import zarr
 
 from storage.errors import ShapeMismatch
 
-__all__ = ["array_digest", "read_plane", "write_plane"]
+__all__ = ["PLANES", "array_digest", "read_plane", "write_plane"]
+
+PLANES = ("pixel_mask", "flatfield")
 
 
 def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -28,8 +30,8 @@ def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...
 
 
 def read_plane(group: Path, name: str) -> np.ndarray | None:
-    """The plane of that name, or None where the source sent none."""
-    if not (group / name / "zarr.json").exists():
+    """The plane of that name, or None where the source sent none; no other array can be had this way."""
+    if name not in PLANES or not (group / name / "zarr.json").exists():
         return None
     array = zarr.open_array(str(group / name), mode="r")
     return np.asarray(array[:])

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from storage.codec import MOST_FRAME_BYTES
 from storage.errors import BadFrame
 
 __all__ = [
     "DTYPES",
-    "MOST_FRAME_BYTES",
+    "MOST_PLANNED",
     "SCHEMA_VERSION",
     "DetectorHeader",
     "Model",
@@ -31,8 +32,8 @@ SCHEMA_VERSION = 1
 DTYPES = (
     "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
 )  # fmt: skip
-# One decoded frame; LZ4 itself counts in 32-bit integers.
-MOST_FRAME_BYTES = 1 << 31
+# What fits a database's integer; nobody means to send more.
+MOST_PLANNED = 1 << 53
 # The shard index has 16 bytes for each frame of a chunk, in memory while it is sealed.
 MOST_FRAMES_PER_CHUNK = 100_000
 
@@ -60,6 +61,9 @@ class RunState(StrEnum):
 class DetectorHeader(Model):
     """The detector and the beam it stands in; zero or None where the beamline never said."""
 
+    # JSON has no word for infinity: such a header could be written, but never read again.
+    model_config = ConfigDict(allow_inf_nan=False)
+
     description: str = ""
     serial_number: str = ""
     sensor_material: str = Field("Si", description="NXmx word: Si, CdTe, GaAs")
@@ -86,7 +90,7 @@ class SeriesHeader(Model):
 
     series_id: int
     series_unique_id: str
-    number_of_images: int = Field(0, ge=0, description="planned frames; 0 when unknown")
+    number_of_images: int = Field(0, ge=0, le=MOST_PLANNED, description="planned frames; 0 when unknown")
     arm_date: datetime | None = None
 
 
@@ -102,7 +106,7 @@ class StreamHeader(Model):
     dtype: str = Field("", description="NumPy name, e.g. uint16; empty for a table")
     codec: Literal["bslz4", "lz4", "raw"] = "bslz4"
     frames_per_chunk: int = Field(100, gt=0, le=MOST_FRAMES_PER_CHUNK)
-    planned: int = Field(0, ge=0, description="frames the source means to send; 0 when unknown")
+    planned: int = Field(0, ge=0, le=MOST_PLANNED, description="frames the source means to send; 0 when unknown")
     detector: DetectorHeader | None = None
     series: SeriesHeader | None = None
     parent: str | None = Field(None, description="data source this one was derived from")

@@ -189,13 +189,15 @@ class StreamStore:
         replace(self.paths.header, self.header.model_dump_json(indent=2).encode())
         self._write_zarr_metadata()
 
-    def seal_complete(self) -> list[ChunkCommit]:
-        """Seal every whole chunk in which no index is pending any more."""
+    def seal_complete(self, at_most: int | None = None) -> list[ChunkCommit]:
+        """Seal the whole chunks in which no index is pending any more; ``at_most`` so many of them."""
         size = self.header.frames_per_chunk
-        done = []
+        done: list[ChunkCommit] = []
         while self._first_open in self.sealed:
             self._first_open += 1
         for chunk in range(self._first_open, self.states.announced // size):
+            if at_most is not None and len(done) >= at_most:
+                break
             is_known = not self.states.count(FrameState.pending, chunk * size, (chunk + 1) * size)
             if is_known and chunk not in self.sealed:
                 done.append(self._seal(chunk))

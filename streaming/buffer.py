@@ -44,7 +44,7 @@ class FrameBuffer:
             self._room.notify_all()
 
     def keep_stored(self, stream: Hashable, frame: RawFrame) -> None:
-        """Hold a journaled frame, for whose bytes room was reserved, until that room is needed."""
+        """Hold a journaled frame, for whose ``cost_bytes`` room was reserved, until that room is needed."""
         with self._room:
             self._frames.setdefault(stream, {})[frame.info.frame_index] = frame
             self._evictable.append((stream, frame.info.frame_index))
@@ -58,7 +58,7 @@ class FrameBuffer:
         while self._used and self._used + n_bytes > self.budget_bytes and self._evictable:
             stream, index = self._evictable.popleft()
             frames = self._frames[stream]
-            self._used -= frames.pop(index).nbytes
+            self._used -= frames.pop(index).cost_bytes
             if not frames:
                 del self._frames[stream]
         if self._used and self._used + n_bytes > self.budget_bytes:

@@ -62,7 +62,8 @@ class Connection:
         wait = getattr(request, "timeout_s", 0.0) + _EXTRA_S if timeout is None else timeout
         while True:
             reply, parts = self._receive(wait)
-            if reply.id == self._last_id:
+            # A request that could not even be read is answered without its number.
+            if reply.id in (self._last_id, 0):
                 break
         if isinstance(reply, wire.Failure):
             raise _error_of(reply)
@@ -81,13 +82,18 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
+    def __del__(self) -> None:
+        # A thread's connection ends with the thread, without anyone to close it.
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
     def _receive(self, wait: float) -> tuple[Any, list[zmq.Frame]]:
         deadline = time.monotonic() + wait
         while not self._socket.poll(_POLL_MS):
             if time.monotonic() > deadline:
                 raise self._unavailable()
         header, *parts = self._socket.recv_multipart(copy=False)
-        self._received_bytes += sum(len(part) for part in parts)
+        self._received_bytes += len(header) + sum(len(part) for part in parts)
         return wire.decode_reply(header.buffer), parts
 
     def _unavailable(self) -> ServiceUnavailable:

@@ -21,7 +21,7 @@ import msgspec
 from storage.errors import StaleLease
 from storage.states import FrameState, IndexStates
 
-__all__ = ["Group", "GroupLog", "Lease"]
+__all__ = ["Group", "GroupKey", "GroupLog", "Lease"]
 
 GroupKey = tuple[str, int, str, str]
 
@@ -93,6 +93,17 @@ class Group:
         self._raise_floor()
         self.is_dirty = True
 
+    def set_aside(self, frame_index: int) -> None:
+        """Leave a frame out that nobody can be given (its bytes are damaged); it counts as done."""
+        if self.again and self.again[0] == frame_index:
+            heapq.heappop(self.again)
+        else:
+            self.cursor = frame_index + 1
+        self.deliveries.pop(frame_index, None)
+        self.acknowledged.add(frame_index)
+        self._raise_floor()
+        self.is_dirty = True
+
     def give_back(self, frame_index: int, number: int) -> None:
         """Negative acknowledgement: the frame may be delivered again at once."""
         lease = self.leases.get(frame_index)
@@ -117,12 +128,15 @@ class Group:
     def _skip_unstored(self, states: IndexStates) -> None:
         """Move the cursor over frames that are missing, rejected, or acknowledged before a restart."""
         watermark = states.watermark
+        before = self.cursor
         while self.cursor < watermark and (
             self.cursor in self.acknowledged or states[self.cursor] is not FrameState.stored
         ):
             self.acknowledged.add(self.cursor)
             self.cursor += 1
-        self._raise_floor()
+        if self.cursor > before:
+            self._raise_floor()
+            self.is_dirty = True
 
     def _raise_floor(self) -> None:
         while self.floor in self.acknowledged:

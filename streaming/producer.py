@@ -1,12 +1,13 @@
 """Sending frames into a service from a program: arrays or ready blobs, acknowledged."""
 
+import time
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from storage.codec import encode
-from storage.errors import BadFrame, IndexConflict
+from storage.errors import BadFrame, BufferFull, FrameTooLate, IndexConflict, NearlineError, StorageFull
 from storage.frame import FrameInfo
 from storage.models import DetectorHeader, StreamHeader
 from streaming import wire
@@ -14,6 +15,14 @@ from streaming.client import Connection
 from streaming.payload import glue_payload
 
 __all__ = ["Producer", "RunProducer"]
+
+_FULL_PAUSE_S = 0.05
+_SCALARS = (np.generic, int, float)
+_REFUSALS: dict[str, tuple[type[NearlineError], str]] = {
+    "conflict": (IndexConflict, "exists already with other content; the first one is kept"),
+    "late": (FrameTooLate, "came too late: its chunk was sealed without it, and the ledger counts it as late"),
+    "failed": (StorageFull, "could not be written; the service's log says why"),
+}
 
 
 class Producer:
@@ -88,12 +97,16 @@ class RunProducer:
 
         Raises
         ------
-        BadFrame, IndexConflict, ServiceUnavailable
+        BadFrame, ServiceUnavailable
+        IndexConflict : that index exists with other content.
+        FrameTooLate : its chunk was sealed without it.
+        StorageFull : the service could not write it.
         """
         return self.send_many([(frame_index, frame, meta or {})])[0]
 
     def send_many(self, frames: list[tuple[int | None, Any, dict[str, Any]]]) -> list[int]:
         """Send (frame_index or None, frame, meta) in one message; their indices."""
+        frames = [(index, np.asarray(f) if isinstance(f, _SCALARS) else f, meta) for index, f, meta in frames]
         if self._header is None:
             self._start_from(frames[0][1])
         infos, blobs = [], []
@@ -111,16 +124,23 @@ class RunProducer:
                 )
             )
             blobs.append(blob)
-        reply, _ = self._connection.ask(
-            wire.PutFrames(id=0, stream=self._ref, infos=infos, ack=self._producer.ack), glue_payload(blobs)
-        )
+        reply = self._put(infos, blobs)
         for info, outcome in zip(infos, reply.outcomes, strict=True):
-            if outcome == "conflict":
-                raise IndexConflict(
-                    f"frame {info.frame_index} of {self._producer.data_source} exists already with other content; "
-                    "the first one is kept"
-                )
+            if outcome in _REFUSALS:
+                kind, why = _REFUSALS[outcome]
+                raise kind(f"frame {info.frame_index} of {self._producer.data_source} {why}")
         return [info.frame_index for info in infos]
+
+    def _put(self, infos: list[FrameInfo], blobs: list[Any]) -> wire.PutReply:
+        """Ask until the service has room; a producer can wait."""
+        while True:
+            request = wire.PutFrames(id=0, stream=self._ref, infos=infos, ack=self._producer.ack)
+            try:
+                reply, _ = self._connection.ask(request, glue_payload(blobs))
+            except BufferFull:
+                time.sleep(_FULL_PAUSE_S)
+                continue
+            return reply
 
     def finish(self, announced: int = 0) -> None:
         """End the stream; ``announced`` names the number of frames when the last ones were never sent."""
@@ -157,9 +177,9 @@ class RunProducer:
     def _blob_of(self, frame: Any) -> Any:
         if frame is None:
             return b""
+        assert self._header is not None
         if not isinstance(frame, np.ndarray):
             return frame
-        assert self._header is not None
         if frame.shape != self._header.shape or frame.dtype.name != self._header.dtype:
             raise BadFrame(
                 f"frame is {frame.dtype.name} {frame.shape}, but the stream began as {self._header.dtype} "

@@ -5,6 +5,7 @@ stream's end comes after its last frame. Connectors and producers call `submit`,
 while the buffer is full. A sync thread makes stored frames durable at most 100 ms later.
 """
 
+import errno
 import logging
 import queue
 import threading
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from storage.catalog import Catalog
 from storage.codec import check_blob
-from storage.errors import BadFrame, BadName, IndexConflict, NearlineError, StorageFull
-from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest
+from storage.errors import BadFrame, BadName, IndexConflict
+from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest, meta_bytes
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import check_name, run_key
-from storage.run_folder import ChunkCommit, RunFolder, find_runs
+from storage.run_folder import ChunkCommit, RunFolder, StreamOwned, find_runs
 from storage.states import FrameState, StreamLedger
 from storage.stream_store import Admission, StreamStore
 from streaming.buffer import FrameBuffer
@@ -37,9 +39,18 @@ Outcomes = Callable[[list[str]], None]
 _SYNC_INTERVAL_S = 0.1
 _RETRY_FULL_DISK_S = 0.5
 _TICK_S = 0.25
-# A source that never said how many frames come may not leave out more than this at once: every
-# frame left out is accounted for, so a nonsensical index would cost memory and files.
+# How many frames a source may leave out at once: each is accounted for, so a nonsensical index
+# would cost memory and, for every chunk in between, a file (2 ms). A source that said how many
+# frames come may have been unheard for longer than one that did not.
 _LONGEST_JUMP = 100_000
+_LONGEST_PLANNED_JUMP = 1_000_000
+_LONGEST_JUMP_CHUNKS = 5_000
+# Chunks sealed at one go; the rest waits for the next tick, so that other streams are written meanwhile.
+_SEAL_AT_ONCE = 8
+# What a frame takes in memory beside its bytes and metadata: row, digests, dictionary entries.
+_ROW_BYTES = 1024
+# The disk refuses for now; what was queued waits. Anything else concerns one file and is not waited for.
+_WAIT_AND_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 _DERIVED_IDLE_S = 3600.0
 # Finished streams that stay open for readers; older ones are read from their folder again.
 _KEEP_FINISHED = 16
@@ -56,6 +67,10 @@ class LiveStream:
     gap_since: float | None = None
     n_whole_chunks: int = 0
     unfinished: tuple[int, str | None] | None = None
+    # Frames up to here have been taken, though some may still be queued.
+    submitted: int = 0
+    # The stream has ended and so, with its last stream, has the run: readers see both at once.
+    is_ended: bool = False
 
     @property
     def header(self) -> StreamHeader:
@@ -152,7 +167,7 @@ class Recorder:
                 folder = RunFolder.create(self.root, header)
             except FileExistsError as error:
                 raise BadName(f"{error}; choose another run number, or leave it out to get the next one") from error
-            self.catalog.record(folder)
+            self._record_in_catalog(folder)
         log.info("run %s started", run_key(experiment, number))
         return folder
 
@@ -169,7 +184,7 @@ class Recorder:
             store = StreamStore.create(folder, header, pixel_mask=pixel_mask, flatfield=flatfield)
             stream = LiveStream(store, folder)
             self._streams[stream.key] = stream
-            self.catalog.record(folder)
+            self._record_in_catalog(folder)
         self._on_change(stream.key)
         return stream
 
@@ -206,28 +221,27 @@ class Recorder:
         """Queue frames of one stream; False when the buffer stayed full for ``timeout`` s (try again).
 
         ``done`` is called from the writer thread with what became of each frame: ``stored``,
-        ``duplicate``, ``late`` or ``conflict``.
+        ``duplicate``, ``late``, ``conflict`` or ``failed`` (the disk refused it for good).
 
         Raises
         ------
         BadFrame : some bytes cannot be a frame of this stream; none of the frames is taken.
         """
-        for info, blob in frames:
-            self._check(stream, info, blob)
-        if not self.buffer.reserve(sum(info.size_bytes for info, _ in frames), timeout):
+        raw = [RawFrame(info, blob, self._check(stream, info, blob)) for info, blob in frames]
+        if not self.buffer.reserve(sum(frame.cost_bytes for frame in raw), timeout):
             return False
         for info, blob in frames:
             info.crc32c, info.digest, info.received_ns = blob_crc32c(blob), blob_digest(blob), time.time_ns()
-        raw = [RawFrame(info, blob) for info, blob in frames]
         stream.last_activity = time.monotonic()
+        stream.submitted = max([stream.submitted, *(info.frame_index + 1 for info, _ in frames)])
         self._queue.put(lambda: self._write(stream, raw, done))
         return True
 
-    def _check(self, stream: LiveStream, info: FrameInfo, blob: Any) -> None:
-        """Refuse what cannot be a frame of this stream; sets the row's size."""
+    def _check(self, stream: LiveStream, info: FrameInfo, blob: Any) -> int:
+        """Refuse what cannot be a frame of this stream; sets the row's size and gives what it takes in memory."""
         header = stream.header
         info.size_bytes = memoryview(blob).nbytes
-        limit = max(header.planned, stream.store.states.announced) + (0 if header.planned else _LONGEST_JUMP)
+        limit = self.index_limit(stream)
         if not 0 <= info.frame_index < limit:
             raise BadFrame(
                 f"frame_index {info.frame_index} of {header.data_source} is outside 0 to {limit - 1}; "
@@ -237,6 +251,15 @@ class Recorder:
             check_blob(blob, header.codec, header.shape, header.dtype)
         elif info.size_bytes:
             raise BadFrame(f"{header.data_source} is a table; its rows carry no payload")
+        return info.size_bytes + _ROW_BYTES + meta_bytes(info.meta)
+
+    @staticmethod
+    def index_limit(stream: LiveStream) -> int:
+        """Frame indices below this are believed."""
+        header, announced = stream.header, max(stream.store.states.announced, stream.submitted)
+        jump = _LONGEST_PLANNED_JUMP if header.planned else _LONGEST_JUMP
+        limit = announced + min(jump, _LONGEST_JUMP_CHUNKS * header.frames_per_chunk)
+        return max(min(limit, header.planned), announced) if header.planned else limit
 
     def reject(self, stream: LiveStream, frame_index: int, cause: str) -> None:
         """Account for a frame that came but cannot be used."""
@@ -255,7 +278,17 @@ class Recorder:
         aborted: str | None = None,
         done: Callable[[], None] | None = None,
     ) -> None:
-        """End a stream after everything queued before; ``aborted`` says why when it was not a regular end."""
+        """End a stream after everything queued before; ``aborted`` says why when it was not a regular end.
+
+        Raises
+        ------
+        BadFrame : ``announced`` is not a number of frames this stream can have.
+        """
+        if not 0 <= announced <= self.index_limit(stream):
+            raise BadFrame(
+                f"{stream.header.data_source} cannot end with {announced} frames: it has "
+                f"{stream.store.states.announced} so far and {stream.header.planned or 'no number'} planned"
+            )
 
         def command() -> None:
             self._finish(stream, announced, aborted)
@@ -290,19 +323,28 @@ class Recorder:
         """Admit and journal frames; their room in the buffer is kept or given back."""
         outcomes = []
         for frame in frames:
-            outcome = "conflict"
-            try:
-                outcome = self._admit_and_append(stream, frame)
-            except IndexConflict as error:
-                log.error("%s", error)
-            finally:
-                if outcome != "stored":
-                    self.buffer.release(frame.nbytes)
+            outcome = self._outcome(stream, frame)
+            if outcome != "stored":
+                self.buffer.release(frame.cost_bytes)
             outcomes.append(outcome)
         stream.last_activity = time.monotonic()
         if done:
             done(outcomes)
         self._advance(stream)
+
+    def _outcome(self, stream: LiveStream, frame: RawFrame) -> str:
+        """What became of a frame; whatever goes wrong with one, its room comes back and its sender hears of it."""
+        try:
+            return self._admit_and_append(stream, frame)
+        except IndexConflict as error:
+            log.error("%s", error)
+            return "conflict"
+        except Exception as error:
+            index = frame.info.frame_index
+            log.exception("frame %d of %s could not be stored", index, stream.key)
+            if not self._stopping.is_set() and not stream.store.is_finished:
+                stream.store.account(index, index + 1, FrameState.rejected, f"could not be stored: {error}")
+            return "failed"
 
     def _admit_and_append(self, stream: LiveStream, frame: RawFrame) -> str:
         admission = stream.store.admit(frame.info)
@@ -312,46 +354,84 @@ class Recorder:
             try:
                 stream.store.append(frame.info, frame.blob)
                 break
-            except StorageFull as error:
-                if not self.is_disk_full:
-                    log.error("%s", error)
-                self.is_disk_full = True
+            except OSError as error:
+                if error.errno not in _WAIT_AND_RETRY:
+                    raise
+                self._disk_refuses(error)
                 if self._stopping.wait(_RETRY_FULL_DISK_S):
                     raise
         self.is_disk_full = False
         self.buffer.keep_stored(stream.key, frame)
         return "stored"
 
+    def _disk_refuses(self, error: OSError) -> None:
+        if not self.is_disk_full:
+            log.error("the disk refuses to write, trying again until it does: %s", error)
+        self.is_disk_full = True
+
     def _advance(self, stream: LiveStream) -> None:
         """Seal what is complete and tell the readers."""
         store = stream.store
         is_new_chunk = store.states.announced // store.header.frames_per_chunk > stream.n_whole_chunks
         if is_new_chunk or stream.gap_since is not None:
-            stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
-            self._sealed(stream, store.seal_complete())
+            self._seal_complete(stream)
         has_gap = store.states.watermark < store.states.announced
         stream.gap_since = (stream.gap_since or time.monotonic()) if has_gap else None
         self._on_change(stream.key)
 
+    def _seal_complete(self, stream: LiveStream) -> None:
+        """Seal some of the chunks that are complete; what is left over comes with the next frame or tick."""
+        store = stream.store
+        try:
+            commits = store.seal_complete(_SEAL_AT_ONCE)
+        except StreamOwned as error:
+            self._give_up(stream, error)
+            return
+        except OSError as error:
+            # The journal holds everything stored; the seal is tried again.
+            self._disk_refuses(error)
+            return
+        if len(commits) < _SEAL_AT_ONCE:
+            stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
+        self._sealed(stream, commits)
+
+    def _give_up(self, stream: LiveStream, error: StreamOwned) -> None:
+        """Another service owns the stream now: leave its files alone."""
+        log.error("%s", error)
+        stream.store.close()
+        self._streams.pop(stream.key, None)
+        self._on_change(stream.key)
+
     def _sealed(self, stream: LiveStream, commits: list[ChunkCommit]) -> None:
         if commits:
+            self.is_disk_full = False
             log.debug("%s sealed chunks %s", stream.key, [c.chunk for c in commits])
-            self.catalog.record(stream.folder, {stream.header.data_source: stream.store.states.announced})
+            self._record_in_catalog(stream.folder, {stream.header.data_source: stream.store.states.announced})
+
+    def _record_in_catalog(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
+        """Bring the index up to date; it can be rebuilt at any time, so its failure stops nothing."""
+        try:
+            self.catalog.record(folder, announced)
+        except (SQLAlchemyError, OSError) as error:
+            log.error("the catalog is behind (`nearline catalog rebuild` restores it): %s", error)
 
     def _tick(self) -> None:
         """Declare overdue gaps missing; end streams that have gone quiet."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
-            if stream.store.is_finished:
+            if stream.is_ended:
+                continue
+            if stream.unfinished is not None:
+                self._finish(stream, *stream.unfinished)
                 continue
             if stream.gap_since is not None and now - stream.gap_since > self._gap_timeout_s:
                 stream.store.account(0, stream.store.states.announced, FrameState.missing, stream.cause_of_gaps)
-                self._sealed(stream, stream.store.seal_complete())
-                stream.gap_since = None
+                stream.gap_since, stream.n_whole_chunks = None, 0
                 self._on_change(stream.key)
-            if stream.unfinished is not None:
-                self._finish(stream, *stream.unfinished)
-            elif now - stream.last_activity > self._patience(stream):
+            if stream.store.states.announced // stream.header.frames_per_chunk > stream.n_whole_chunks:
+                self._seal_complete(stream)
+                self._on_change(stream.key)
+            if now - stream.last_activity > self._patience(stream):
                 self._finish(stream, 0, f"no message for {self._patience(stream):g} s")
 
     def _patience(self, stream: LiveStream) -> float:
@@ -359,22 +439,24 @@ class Recorder:
         return self._idle_timeout_s if stream.header.parent is None else _DERIVED_IDLE_S
 
     def _finish(self, stream: LiveStream, announced: int, aborted: str | None) -> None:
-        if stream.store.is_finished:
+        if stream.is_ended:
             return
         try:
-            commits = stream.store.finish(announced, stream.cause_of_gaps)
+            commits = [] if stream.store.is_finished else stream.store.finish(announced, stream.cause_of_gaps)
+            if stream.header.parent is None:
+                self._finish_run_if_done(stream, aborted)
+        except StreamOwned as error:
+            self._give_up(stream, error)
+            return
         except OSError as error:
             # A full disk, mostly. The journals hold everything stored; try again until there is room.
-            if stream.unfinished is None:
-                log.error("%s could not be sealed, will try again: %s", stream.key, error)
+            self._disk_refuses(error)
             stream.unfinished = (announced, aborted)
             return
-        stream.unfinished = None
+        stream.unfinished, stream.is_ended, self.is_disk_full = None, True, False
         self._sealed(stream, commits)
         stream.store.close()
-        if stream.header.parent is None:
-            self._finish_run_if_done(stream, aborted)
-        self.catalog.record(stream.folder)
+        self._record_in_catalog(stream.folder)
         self._on_change(stream.key)
         self._forget_old()
 
@@ -392,8 +474,8 @@ class Recorder:
         log.info("run %s %s", run_key(folder.header.experiment, folder.header.run), state.value)
 
     def _forget_old(self) -> None:
-        finished = [s for s in self._streams.values() if s.store.is_finished]
-        for stream in finished[:-_KEEP_FINISHED]:
+        ended = [s for s in self._streams.values() if s.is_ended]
+        for stream in ended[:-_KEEP_FINISHED]:
             del self._streams[stream.key]
 
     def _abort_all(self) -> None:
@@ -405,28 +487,40 @@ class Recorder:
             for stream in list(self._streams.values()):
                 try:
                     stream.store.sync()
-                except OSError:
-                    log.exception("could not sync %s", stream.key)
+                except OSError as error:
+                    self._disk_refuses(error)
 
     # ---- recovery -----------------------------------------------------------------------------
 
     def _recover_run(self, folder: RunFolder) -> None:
-        streams = []
-        for name in folder.data_sources():
+        streams, names = [], folder.data_sources()
+        for name in names:
             try:
                 stream = LiveStream(StreamStore.recover(folder, name), folder, "lost while the service was down")
-            except NearlineError:
-                log.exception("could not take over %s in %s", name, folder.path)
+            except Exception:
+                # One damaged run, or one that another service writes, must not keep this one from starting.
+                log.exception("could not take over %s in %s; it is left as it is", name, folder.path)
                 continue
             self._streams[stream.key] = stream
             streams.append(stream)
+            self._take_up(stream)
             log.info("took over %s with %d frames stored", stream.key, stream.store.ledger().stored)
         primary = [s for s in streams if s.header.parent is None]
-        if primary and all(s.store.is_finished for s in primary):
+        if primary and all(s.store.is_finished for s in primary) and len(streams) == len(names):
             self._finish_run_if_done(primary[0], None)
-        elif not primary:
+        elif not names:
             folder.add_event("run_finished", {"state": RunState.aborted.value, "cause": "no stream was started"})
-        self.catalog.record(folder)
+        self._record_in_catalog(folder)
+
+    @staticmethod
+    def _take_up(stream: LiveStream) -> None:
+        """What the writer keeps about a stream, as if its frames had just come."""
+        store = stream.store
+        stream.is_ended = store.is_finished
+        if not store.is_finished:
+            stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
+            has_gap = store.states.watermark < store.states.announced
+            stream.gap_since = time.monotonic() if has_gap else None
 
     def _next_run(self, experiment: str) -> int:
         taken = [int(p.name) for p in (self.root / experiment).glob("[0-9]*") if p.name.isdecimal()]

@@ -165,7 +165,11 @@ class Stream:
 
     def __init__(self, source: StreamSource) -> None:
         self.source = source
-        self.header = source.header
+
+    @property
+    def header(self) -> StreamHeader:
+        """What is known of every frame: shape, dtype, codec, detector."""
+        return self.source.header
 
     @property
     def name(self) -> str:
@@ -213,7 +217,9 @@ class Stream:
         """All frames there are now as a lazy Zarr array, (frame, slow, fast)."""
         return self[:].array
 
-    def follow(self, group: str | None = None, *, start: int = 0, timeout: float | None = None) -> Iterator[Frame]:
+    def follow(
+        self, group: str | None = None, *, start: int = 0, timeout: float | None = None, lease_s: float = 60.0
+    ) -> Iterator[Frame]:
         """Every frame in order, waiting for those to come, until the run has ended.
 
         Parameters
@@ -222,16 +228,19 @@ class Stream:
             leased to one member, and acknowledged when the loop comes back for the next.
         start : first frame index; a group goes on where it was.
         timeout : stop after so many seconds without a new frame; None waits for ever.
+        lease_s : a member that has not come back for the next frame after so many seconds loses this
+            one to another member.
 
         Raises
         ------
         GroupNeedsService : a group was asked for, but this run is a bare folder.
+        CorruptFrame : the next frame is damaged on disk; go on with ``start`` behind it, or use a group.
         """
         if group is not None:
-            for leased in self.source.follow_group(group, timeout):
+            for leased in self.source.follow_group(group, timeout, lease_s):
                 yield Frame(leased.frame, self.header, leased.delivery)
             return
-        at = start
+        at = max(start, 0)
         while True:
             status = self.source.wait(at, timeout)
             if status.watermark <= at:

@@ -7,10 +7,12 @@ waiting anywhere else, so no client can hold up another.
 
 import json
 import logging
+import math
 import os
+import sqlite3
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +21,8 @@ import numpy as np
 import zmq
 from pydantic import ValidationError
 
-from storage.errors import CorruptFrame, NearlineError, ProtocolError, RunNotFound
-from storage.frame import RawFrame
+from storage.errors import BufferFull, CorruptFrame, NearlineError, ProtocolError, RunNotFound
+from storage.frame import RawFrame, meta_bytes
 from storage.masks import read_plane
 from storage.models import StreamHeader
 from storage.names import check_name, check_run, run_key
@@ -30,7 +32,7 @@ from storage.stream_source import FolderSource, StreamStatus
 from storage.stream_store import missing_frame
 from streaming import wire
 from streaming.errors import SourceBusy
-from streaming.groups import Group, GroupLog
+from streaming.groups import Group, GroupKey, GroupLog
 from streaming.payload import glue_payload, split_payload
 from streaming.recorder import LiveStream, Recorder, StreamKey
 
@@ -42,7 +44,17 @@ _SAVE_GROUPS_S = 0.05
 _IDLE_POLL_S = 1.0
 _KEEP_FOLDERS = 32
 _MAX_WAIT_S = 3600.0
-_MAX_FRAMES_A_READ = 4096
+_MOST_FRAMES_AT_ONCE = 4096
+# What a row takes in an answer, about; so that rows without pixels use up credit too.
+_ROW_BYTES = 256
+_KEEP_CLIENTS = 4096
+_KEEP_GROUPS = 256
+_LEAST_WINDOW_BYTES = 1 << 20
+# Requests waiting for their answer: of one client, and the frames of all producers together.
+_MOST_PARKED = 16
+_MOST_ANSWERS_QUEUED = 64
+_MOST_BYTES_AN_ANSWER = 32 << 20
+_MOST_PARKED_BYTES = 1 << 30
 _NO_PAYLOAD: list[Any] = []
 Answer = tuple[wire.Reply, list[Any]]
 # The handler has arranged for the answer to be sent when the work is done.
@@ -51,11 +63,13 @@ _LATER: Answer = (wire.Reply(id=-1), _NO_PAYLOAD)
 
 @dataclass(slots=True)
 class _Client:
-    """One connection: its window and how much of it is used."""
+    """One connection: its window, how much of it is used, and what it waits for."""
 
     window_bytes: int = wire.WINDOW_BYTES
     sent_bytes: int = 0
     received_bytes: int = 0
+    n_parked: int = 0
+    n_refused: int = 0
 
     @property
     def credit(self) -> int:
@@ -67,10 +81,15 @@ class _Parked:
     """A request waiting for its answer."""
 
     identity: bytes
+    client: _Client
     request: Any
     parts: list[Any]
     deadline: float
     key: StreamKey | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(len(part) for part in self.parts)
 
 
 @dataclass(slots=True)
@@ -81,16 +100,29 @@ class _Inbox:
     finished: list[tuple[bytes, Answer]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     pipe: tuple[int, int] = field(default_factory=os.pipe)
+    is_awake: bool = False
 
     def wake(self) -> None:
-        os.write(self.pipe[1], b"!")
+        """With the lock held. One byte is enough: the server thread itself must never block on a full pipe."""
+        if not self.is_awake:
+            self.is_awake = True
+            os.write(self.pipe[1], b"!")
 
     def take(self) -> tuple[set[StreamKey], list[tuple[bytes, Answer]]]:
         with self.lock:
-            os.read(self.pipe[0], 4096)
+            if self.is_awake:
+                os.read(self.pipe[0], 1)
+                self.is_awake = False
             changed, finished = self.changed, self.finished
             self.changed, self.finished = set(), []
             return changed, finished
+
+    def close(self) -> None:
+        """Nobody leaves anything any more."""
+        with self.lock:
+            self.is_awake = True
+            for fd in self.pipe:
+                os.close(fd)
 
 
 class Server(threading.Thread):
@@ -104,28 +136,34 @@ class Server(threading.Thread):
     def __init__(self, recorder: Recorder, bind: str, status: Callable[[], dict[str, Any]], name: str) -> None:
         super().__init__(name="server", daemon=True)
         self._recorder, self._status, self._service_name = recorder, status, name
-        self._groups_log = GroupLog(recorder.root / "groups.sqlite")
-        self._groups: dict[tuple[str, int, str, str], Group] = {}
-        self._clients: dict[bytes, _Client] = defaultdict(_Client)
+        self._groups: OrderedDict[GroupKey, Group] = OrderedDict()
+        # The least recently heard of are forgotten first; one that is still there begins anew with a full window.
+        self._clients: OrderedDict[bytes, _Client] = OrderedDict()
         self._parked: list[_Parked] = []
+        self._parked_bytes = 0
         self._folders: OrderedDict[StreamKey, FolderSource] = OrderedDict()
         self._inbox = _Inbox()
         self._is_stopping = False
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        # The byte window of each client bounds what is queued; a ROUTER at its high-water mark would drop silently.
-        self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # Without it a ROUTER drops silently: it tells when a client is gone, so that what was leased to it
+        # goes to another at once, and when one does not read. The byte window bounds an honest client
+        # much earlier; the number of messages bounds one that lies about what it has read.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, _MOST_ANSWERS_QUEUED)
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
             self._socket.close()
+            self._inbox.close()
             raise SourceBusy(
                 f"cannot listen on {bind}: {error.strerror}; another service may be running there, "
                 "stop it or choose another address with --bind"
             ) from error
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._groups_log = GroupLog(recorder.root / "groups.sqlite")
 
     # ---- called from other threads --------------------------------------------------------------
 
@@ -137,9 +175,10 @@ class Server(threading.Thread):
                 self._inbox.wake()
 
     def stop(self) -> None:
-        """Answer nothing more and close."""
-        self._is_stopping = True
-        self._inbox.wake()
+        """Give everyone who waits the last word, then close."""
+        with self._inbox.lock:
+            self._is_stopping = True
+            self._inbox.wake()
         self.join()
 
     def _answer_later(self, identity: bytes, reply: wire.Reply) -> None:
@@ -157,29 +196,60 @@ class Server(threading.Thread):
         while not self._is_stopping:
             ready = dict(poller.poll(int(1000 * self._poll_seconds()) + 1))
             if self._inbox.pipe[0] in ready:
-                changed, finished = self._inbox.take()
-                for identity, answer in finished:
-                    self._send(identity, answer)
-                self._retry(changed)
+                self._take_inbox()
             if self._socket in ready:
                 self._receive_all()
             self._retry_overdue()
             if time.monotonic() - last_save > _SAVE_GROUPS_S:
-                self._groups_log.save(self._groups)
+                self._save_groups()
                 last_save = time.monotonic()
-        self._groups_log.save(self._groups)
+        self._say_goodbye()
+        self._save_groups()
         self._groups_log.close()
         self._socket.close()
+        self._inbox.close()
+
+    def _take_inbox(self) -> None:
+        changed, finished = self._inbox.take()
+        for identity, answer in finished:
+            self._send(identity, answer)
+        self._retry(changed)
+
+    def _say_goodbye(self) -> None:
+        """Answer everyone who waits with the last state there is."""
+        for parked in self._parked:
+            parked.deadline = 0.0
+        self._take_inbox()
+        self._retry_overdue()
+
+    def _save_groups(self) -> None:
+        """Keep the groups' state, and forget idle groups: they are loaded again when someone asks."""
+        try:
+            self._groups_log.save(self._groups)
+        except sqlite3.Error as error:  # a full disk, mostly; they stay dirty and are tried again
+            log.error("could not save the consumer groups: %s", error)
+            return
+        while len(self._groups) > _KEEP_GROUPS and not next(iter(self._groups.values())).leases:
+            self._groups.popitem(last=False)
 
     def _poll_seconds(self) -> float:
         """Until the next thing that happens by itself: a time-out, a lease running out, a save."""
         now = time.monotonic()
-        times = [p.deadline for p in self._parked]
-        if any(isinstance(p.request, wire.NextFrames) for p in self._parked):
-            times += [d for d in (g.next_deadline() for g in self._groups.values()) if d is not None]
+        times = [p.deadline for p in self._parked] + list(self._awaited_leases().values())
         if any(g.is_dirty for g in self._groups.values()):
             times.append(now + _SAVE_GROUPS_S)
         return min(max(min(times, default=now + _IDLE_POLL_S) - now, 0.0), _IDLE_POLL_S)
+
+    def _awaited_leases(self) -> dict[StreamKey, float]:
+        """When a lease runs out that somebody waits for, by stream."""
+        found: dict[StreamKey, float] = {}
+        waiting = {(*p.key, p.request.group) for p in self._parked if p.key and isinstance(p.request, wire.NextFrames)}
+        for key in waiting:
+            group = self._groups.get(key)
+            deadline = group.next_deadline() if group else None
+            if deadline is not None:
+                found[key[:3]] = min(deadline, found.get(key[:3], deadline))
+        return found
 
     def _receive_all(self) -> None:
         for _ in range(256):
@@ -200,32 +270,63 @@ class Server(threading.Thread):
             self._recorder.n_rejected_messages += 1
             self._send(identity, _failure(0, error))
             return
-        client = self._clients[identity]
+        client = self._client(identity)
         client.received_bytes = min(max(client.received_bytes, request.received_bytes), client.sent_bytes)
-        timeout = min(max(getattr(request, "timeout_s", 0.0), 0.0), _MAX_WAIT_S)
+        if client.credit <= 0:
+            self._refuse_unread(client)
+            return
+        timeout = _bounded(getattr(request, "timeout_s", 0.0), 0.0, _MAX_WAIT_S)
+        # A producer waits for room, however long that takes.
+        deadline = math.inf if isinstance(request, wire.PutFrames) else time.monotonic() + timeout
         stream = getattr(request, "stream", None)
-        parked = _Parked(identity, request, parts[1:], time.monotonic() + timeout, stream.key if stream else None)
+        parked = _Parked(identity, client, request, parts[1:], deadline, stream.key if stream else None)
         if not self._try(parked):
-            self._parked.append(parked)
+            self._park(parked)
+
+    def _client(self, identity: bytes) -> _Client:
+        client = self._clients.get(identity)
+        if client is None:
+            client = self._clients[identity] = _Client()
+            if len(self._clients) > _KEEP_CLIENTS:
+                self._clients.popitem(last=False)
+        self._clients.move_to_end(identity)
+        return client
+
+    def _refuse_unread(self, client: _Client) -> None:
+        """A client that asks on without reading its answers: even a refusal would be one more of them."""
+        client.n_refused += 1
+        self._recorder.n_rejected_messages += 1
+        if client.n_refused == 1:
+            log.error("a client asks on without reading its answers; it gets none until it has read")
+
+    def _park(self, parked: _Parked) -> None:
+        """Keep a request for later, within bounds of what one client and all together may have waiting."""
+        if parked.client.n_parked >= _MOST_PARKED or self._parked_bytes + parked.payload_bytes > _MOST_PARKED_BYTES:
+            error = BufferFull("too much is waiting at this service already; read the answers, then ask again")
+            self._send(parked.identity, _failure(parked.request.id, error))
+            return
+        parked.client.n_parked += 1
+        self._parked_bytes += parked.payload_bytes
+        self._parked.append(parked)
 
     def _retry(self, changed: set[StreamKey]) -> None:
         """Try again what waits for these streams, and producers, who wait for room that any stream may have freed."""
-        self._parked = [
-            p
-            for p in self._parked
-            if not (p.key in changed or isinstance(p.request, wire.PutFrames)) or not self._try(p)
-        ]
+        waiting, self._parked = self._parked, []
+        for parked in waiting:
+            is_due = parked.key in changed or isinstance(parked.request, wire.PutFrames)
+            if is_due and self._try(parked):
+                parked.client.n_parked -= 1
+                self._parked_bytes -= parked.payload_bytes
+            else:
+                self._parked.append(parked)
 
     def _retry_overdue(self) -> None:
-        """Parked requests whose time is over, whose client has credit again, or whose group has an expired lease."""
+        """Parked requests whose time is over, or whose group has an expired lease."""
         now = time.monotonic()
-        due = {p.key for p in self._parked if p.deadline <= now}
-        for key, group in self._groups.items():
-            deadline = group.next_deadline()
-            if deadline is not None and deadline <= now:
-                due.add(key[:3])
+        due = {p.key for p in self._parked if p.key and p.deadline <= now}
+        due |= {key for key, deadline in self._awaited_leases().items() if deadline <= now}
         if due:
-            self._retry(due)  # type: ignore[arg-type]
+            self._retry(due)
 
     def _try(self, parked: _Parked) -> bool:
         """Answer if possible; False to keep waiting."""
@@ -239,17 +340,33 @@ class Server(threading.Thread):
             answer = _failure(parked.request.id, NearlineError(f"the service failed on this request: {error}"))
         if answer is None:
             return False
-        if answer is not _LATER:
-            self._send(parked.identity, answer)
+        if answer is not _LATER and not self._send(parked.identity, answer):
+            self._take_back(parked.request, answer[0])
         return True
 
-    def _send(self, identity: bytes, answer: Answer) -> None:
+    def _send(self, identity: bytes, answer: Answer) -> bool:
+        """Hand an answer to the socket; False when its client is gone."""
         reply, payload = answer
-        self._clients[identity].sent_bytes += sum(memoryview(part).nbytes for part in payload)
+        header = wire.encode(reply)
         try:
-            self._socket.send_multipart([identity, wire.encode(reply), *payload], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([identity, header, *payload], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self._refuse_unread(self._client(identity))
+            return False
         except zmq.ZMQError as error:
-            log.warning("could not answer a client: %s", error)
+            log.info("could not answer a client, it is gone: %s", error)
+            self._clients.pop(identity, None)
+            return False
+        self._client(identity).sent_bytes += len(header) + sum(memoryview(part).nbytes for part in payload)
+        return True
+
+    def _take_back(self, request: Any, reply: wire.Reply) -> None:
+        """What was leased to a member that is gone goes to the next one at once."""
+        if isinstance(request, wire.NextFrames) and isinstance(reply, wire.Frames):
+            group = self._group(request.stream, request.group)
+            for info, lease in zip(reply.infos, reply.leases, strict=True):
+                group.give_back(info.frame_index, lease)
+            self.changed(request.stream.key)
 
     # ---- what is served -------------------------------------------------------------------------
 
@@ -271,7 +388,7 @@ class Server(threading.Thread):
     def _view(self, ref: wire.StreamRef) -> "_StreamView":
         live = self._recorder.find(ref.key)
         if live is not None:
-            return _StreamView(live.header, live.store.states, live.store.is_finished, live=live)
+            return _StreamView(live.header, live.store.states, live.is_ended, live=live)
         source = self._folders.get(ref.key)
         if source is None:
             source = FolderSource(self._folder(ref.experiment, ref.run), ref.data_source)
@@ -279,7 +396,8 @@ class Server(threading.Thread):
             if len(self._folders) > _KEEP_FOLDERS:
                 self._folders.popitem(last=False)
         self._folders.move_to_end(ref.key)
-        return _StreamView(source.header, source.states, is_terminal=True, source=source)
+        # Mostly finished; but a flow may be writing it from a process of its own.
+        return _StreamView(source.header, source.states, source.status().is_terminal, source=source)
 
     def _frame(self, view: "_StreamView", index: int) -> RawFrame:
         if view.live is None:
@@ -290,6 +408,7 @@ class Server(threading.Thread):
         key = (*ref.key, check_name(name, "group"))
         if key not in self._groups:
             self._groups[key] = self._groups_log.load(key)
+        self._groups.move_to_end(key)
         return self._groups[key]
 
     # ---- handlers: reply, or None to wait ---------------------------------------------------------
@@ -299,7 +418,7 @@ class Server(threading.Thread):
             raise ProtocolError(
                 f"client speaks protocol {p.request.protocol}, this service {wire.PROTOCOL}; install matching versions"
             )
-        self._clients[p.identity] = _Client(min(max(p.request.window_bytes, 1 << 20), wire.WINDOW_BYTES))
+        p.client.window_bytes = min(max(p.request.window_bytes, _LEAST_WINDOW_BYTES), wire.WINDOW_BYTES)
         return wire.Welcome(id=p.request.id, protocol=wire.PROTOCOL, service=self._service_name), _NO_PAYLOAD
 
     def _list_runs(self, p: _Parked) -> Answer:
@@ -327,34 +446,27 @@ class Server(threading.Thread):
             return _json(p.request.id, status.model_dump())
         return None
 
-    def _read(self, p: _Parked) -> Answer | None:
+    def _read(self, p: _Parked) -> Answer:
         request, view = p.request, self._view(p.request.stream)
         if request.exact:
             self._require_stored(view, request.start)
-        if self._has_unread(p.identity):
-            return None
+            return _frames(request.id, [self._frame(view, request.start)], request.start + 1)
         start = max(request.start, 0)
-        stop = max(min(request.stop, start + _MAX_FRAMES_A_READ, view.states.announced), start)
-        credit = min(request.max_bytes, self._clients[p.identity].credit)
+        stop = max(min(request.stop, start + _MOST_FRAMES_AT_ONCE, view.states.announced), start)
+        credit = min(request.max_bytes, p.client.credit, _MOST_BYTES_AN_ANSWER)
         frames: list[RawFrame] = []
         for index in view.states.indices(FrameState.stored, start, stop):
             if frames and credit <= 0:
                 return _frames(request.id, frames, int(index))
-            frame = self._readable(view, int(index), is_exact=request.exact)
-            if frame is not None:
-                frames.append(frame)
-                credit -= frame.nbytes
+            try:
+                frames.append(self._frame(view, int(index)))
+            except CorruptFrame:
+                if not frames:
+                    raise
+                # Those before it are good; the next request names the damaged one.
+                return _frames(request.id, frames, int(index))
+            credit -= frames[-1].nbytes + _ROW_BYTES
         return _frames(request.id, frames, stop)
-
-    def _readable(self, view: "_StreamView", index: int, *, is_exact: bool) -> RawFrame | None:
-        """The frame; a damaged one is left out of a range with a word in the log, and an error when asked for."""
-        try:
-            return self._frame(view, index)
-        except CorruptFrame as error:
-            if is_exact:
-                raise
-            log.error("%s", error)
-            return None
 
     def _require_stored(self, view: "_StreamView", index: int) -> None:
         if view.states[index] is not FrameState.stored:
@@ -362,8 +474,8 @@ class Server(threading.Thread):
 
     def _latest(self, p: _Parked) -> Answer | None:
         view = self._view(p.request.stream)
-        newest = view.states.indices(FrameState.stored, max(p.request.after + 1, 0))[-1:]
-        if newest.size and not self._has_unread(p.identity):
+        newest = view.states.indices(FrameState.stored, p.request.after + 1)[-1:]
+        if newest.size:
             frame = self._frame(view, int(newest[0]))
             return _frames(p.request.id, [frame], int(newest[0]) + 1)
         if view.is_terminal or _overdue(p):
@@ -375,15 +487,22 @@ class Server(threading.Thread):
         group = self._group(request.stream, request.group)
         frames: list[RawFrame] = []
         leases = []
-        credit = min(request.max_bytes, self._clients[p.identity].credit)
-        while len(frames) < max(request.max_frames, 1) and credit > 0:
+        member, lease_s = check_name(request.member, "member"), _bounded(request.lease_s, 0.05, _MAX_WAIT_S)
+        credit = min(max(request.max_bytes, 1), p.client.credit, _MOST_BYTES_AN_ANSWER)
+        while len(frames) < min(max(request.max_frames, 1), _MOST_FRAMES_AT_ONCE) and credit > 0:
             index = group.next_index(view.states)
             if index is None:
                 break
-            frame = self._frame(view, index)
-            leases.append(group.lease(index, request.member, min(max(request.lease_s, 0.05), _MAX_WAIT_S)))
+            try:
+                frame = self._frame(view, index)
+            except CorruptFrame as error:
+                # No member will ever get it, and the group must go on.
+                log.error("group %s goes on without a damaged frame: %s", request.group, error)
+                group.set_aside(index)
+                continue
+            leases.append(group.lease(index, member, lease_s))
             frames.append(frame)
-            credit -= frame.nbytes
+            credit -= frame.nbytes + _ROW_BYTES
         is_end = not frames and view.is_terminal and group.is_drained(view.states)
         if not frames and not is_end and not _overdue(p):
             return None
@@ -393,6 +512,7 @@ class Server(threading.Thread):
         return reply, payload
 
     def _acknowledge(self, p: _Parked) -> Answer:
+        self._view(p.request.stream)  # or the error that there is no such stream
         group = self._group(p.request.stream, p.request.group)
         stale = []
         for frame_index, number in p.request.leases:
@@ -418,17 +538,18 @@ class Server(threading.Thread):
 
     def _get_plane(self, p: _Parked) -> Answer:
         ref = p.request.stream
-        name = check_name(p.request.name, "plane")
-        plane = read_plane(self._folder(ref.experiment, ref.run).stream(ref.data_source).zarr, name)
+        self._view(ref)  # or the error that there is no such stream
+        plane = read_plane(self._folder(ref.experiment, ref.run).stream(ref.data_source).zarr, p.request.name)
         if plane is None:
             return wire.PlaneReply(id=p.request.id), _NO_PAYLOAD
-        return wire.PlaneReply(id=p.request.id, dtype=plane.dtype.str, shape=plane.shape), [plane.tobytes()]
+        return wire.PlaneReply(id=p.request.id, dtype=plane.dtype.str, shape=plane.shape), [plane.data]
 
     def _get_ledger(self, p: _Parked) -> Answer:
         return _json(p.request.id, self._view(p.request.stream).ledger().model_dump(mode="json"))
 
     def _start_run(self, p: _Parked) -> Answer:
         r = p.request
+        meta_bytes(r.user_data)  # or the error that it is not plain JSON
         folder = self._recorder.start_run(r.experiment, r.run, sample=r.sample, user_data=r.user_data)
         return _json(r.id, {"experiment": folder.header.experiment, "run": folder.header.run})
 
@@ -475,11 +596,6 @@ class Server(threading.Thread):
         identity = p.identity
         self._recorder.finish_stream(stream, p.request.announced, done=lambda: self._answer_later(identity, reply))
         return _LATER
-
-    def _has_unread(self, identity: bytes) -> bool:
-        """The client still has answers on their way that use up its window."""
-        client = self._clients[identity]
-        return client.credit <= 0 and client.sent_bytes > client.received_bytes
 
     def _writable(self, ref: wire.StreamRef) -> LiveStream:
         stream = self._recorder.find(ref.key)
@@ -538,6 +654,11 @@ def _json(request_id: int, content: Any) -> Answer:
 
 def _failure(request_id: int, error: NearlineError) -> Answer:
     return wire.Failure(id=request_id, error=type(error).__name__, message=str(error)), _NO_PAYLOAD
+
+
+def _bounded(value: float, low: float, high: float) -> float:
+    """A client's number within bounds; NaN, which compares with nothing, is the lower one."""
+    return min(max(value, low), high) if value == value else low
 
 
 def _overdue(parked: _Parked) -> bool:

@@ -64,7 +64,11 @@ class Service:
             idle_timeout_s=settings.idle_timeout_s,
             on_change=self._changed,
         )
-        self._server = Server(self.recorder, settings.bind, self.status, f"nearline pid {os.getpid()}")
+        try:
+            self._server = Server(self.recorder, settings.bind, self.status, f"nearline pid {os.getpid()}")
+        except BaseException:
+            self._catalog.close()
+            raise
         self._connectors = [
             EigerConnector(self.recorder, s.name, s.endpoint, settings.experiment) for s in settings.sources
         ]

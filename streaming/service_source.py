@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import StaleLease
+from storage.errors import NearlineError, StaleLease
 from storage.frame import RawFrame
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
@@ -24,6 +24,9 @@ log = logging.getLogger("nearline.client")
 
 # Longest single wait; a longer one is a repeated request, so that a vanished service is noticed.
 _WAIT_SLICE_S = 10.0
+# Frames leased at a time at most, when they are done quickly.
+_MOST_LEASED = 16
+_GIVE_BACK_S = 2.0
 
 
 class ServiceSource:
@@ -33,6 +36,7 @@ class ServiceSource:
         self.header = header
         self._client = client
         self._ref = wire.StreamRef(header.experiment, header.run, header.data_source)
+        self._is_header_final = False
 
     def status(self) -> StreamStatus:
         return self.wait(-1, 0.0)
@@ -49,20 +53,20 @@ class ServiceSource:
         while start < stop:
             reply, blobs = self._client.connection.ask_frames(wire.Read(id=0, stream=self._ref, start=start, stop=stop))
             if reply.infos or reply.next <= start or reply.next >= stop:
-                return _frames(reply, blobs)
+                return self._frames(reply, blobs)
             start = reply.next
         return []
 
     def read_one(self, frame_index: int) -> RawFrame:
         request = wire.Read(id=0, stream=self._ref, start=frame_index, stop=frame_index + 1, exact=True)
-        return _frames(*self._client.connection.ask_frames(request))[0]
+        return self._frames(*self._client.connection.ask_frames(request))[0]
 
     def latest(self, after: int, timeout: float | None) -> RawFrame | None:
         for slice_s in _slices(timeout):
             request = wire.Latest(id=0, stream=self._ref, after=after, timeout_s=slice_s)
             reply, blobs = self._client.connection.ask_frames(request)
             if reply.infos:
-                return _frames(reply, blobs)[0]
+                return self._frames(reply, blobs)[0]
             if reply.is_end:
                 break
         return None
@@ -87,20 +91,39 @@ class ServiceSource:
         content = self._client.connection.ask_json(wire.GetLedger(id=0, stream=self._ref))
         return StreamLedger.model_validate(content)
 
-    def follow_group(self, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
+    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
         connection = self._client.new_connection()
         try:
-            yield from self._follow_group(connection, group, timeout)
+            yield from self._follow_group(connection, group, timeout, lease_s)
         finally:
             connection.close()
 
-    def _follow_group(self, connection: Connection, group: str, timeout: float | None) -> Iterator[LeasedFrame]:
-        member = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+    def _frames(self, reply: wire.Frames, blobs: list[Any]) -> list[RawFrame]:
+        if reply.infos and not self._is_header_final:
+            self._take_final_header()
+        return [RawFrame(info, blob) for info, blob in zip(reply.infos, blobs, strict=True)]
+
+    def _take_final_header(self) -> None:
+        """Until the first frame the codec is the service's guess: no start message tells it."""
+        run = self._client.connection.ask_json(
+            wire.OpenRun(id=0, experiment=self.header.experiment, run=self.header.run)
+        )
+        self.header = StreamHeader.model_validate(run["streams"][self.header.data_source])
+        self._is_header_final = True
+
+    def _follow_group(
+        self, connection: Connection, group: str, timeout: float | None, lease_s: float
+    ) -> Iterator[LeasedFrame]:
+        member = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
+        n_frames = 1
         while True:
-            reply, blobs = self._next(connection, group, member, timeout)
+            reply, blobs = self._next(connection, group, member, timeout, n_frames, lease_s)
+            received = time.monotonic()
             leased = [
                 LeasedFrame(frame, lease, delivery)
-                for frame, lease, delivery in zip(_frames(reply, blobs), reply.leases, reply.deliveries, strict=True)
+                for frame, lease, delivery in zip(
+                    self._frames(reply, blobs), reply.leases, reply.deliveries, strict=True
+                )
             ]
             if not leased:
                 return
@@ -115,29 +138,42 @@ class ServiceSource:
             finally:
                 # The loop was left: others get at once what this member holds.
                 if held:
-                    self._acknowledge(connection, group, held, give_back=True)
+                    self._give_back(connection, group, held)
+            # All frames of an answer are leased from the same moment: take no more than are done well within it.
+            is_quick = time.monotonic() - received < lease_s / 20
+            n_frames = min(2 * n_frames, _MOST_LEASED) if is_quick else max(n_frames // 2, 1)
 
-    def _next(self, connection: Connection, group: str, member: str, timeout: float | None) -> tuple[Any, list[Any]]:
+    def _next(
+        self, connection: Connection, group: str, member: str, timeout: float | None, n_frames: int, lease_s: float
+    ) -> tuple[Any, list[Any]]:
         for slice_s in _slices(timeout):
-            request = wire.NextFrames(id=0, stream=self._ref, group=group, member=member, timeout_s=slice_s)
+            request = wire.NextFrames(
+                id=0,
+                stream=self._ref,
+                group=group,
+                member=member,
+                max_frames=n_frames,
+                lease_s=lease_s,
+                timeout_s=slice_s,
+            )
             reply, blobs = connection.ask_frames(request)
             if reply.infos or reply.is_end:
                 break
         return reply, blobs
 
-    def _acknowledge(
-        self, connection: Connection, group: str, leases: dict[int, int], *, give_back: bool = False
-    ) -> None:
-        pairs = list(leases.items())
-        request = wire.Acknowledge(id=0, stream=self._ref, group=group, leases=pairs, give_back=give_back)
+    def _acknowledge(self, connection: Connection, group: str, leases: dict[int, int]) -> None:
+        request = wire.Acknowledge(id=0, stream=self._ref, group=group, leases=list(leases.items()))
         try:
             connection.ask(request)
         except StaleLease as error:
             log.warning("%s", error)  # somebody else gets the frame now: nothing is lost
 
-
-def _frames(reply: wire.Frames, blobs: list[Any]) -> list[RawFrame]:
-    return [RawFrame(info, blob) for info, blob in zip(reply.infos, blobs, strict=True)]
+    def _give_back(self, connection: Connection, group: str, leases: dict[int, int]) -> None:
+        request = wire.Acknowledge(id=0, stream=self._ref, group=group, leases=list(leases.items()), give_back=True)
+        try:
+            connection.ask(request, timeout=_GIVE_BACK_S)
+        except NearlineError as error:
+            log.warning("could not give back leased frames, their leases will run out: %s", error)
 
 
 def _slices(timeout: float | None) -> Iterator[float]:

@@ -8,11 +8,13 @@ is an answer, or at the time-out with what there is.
 Payloads: ``Frames.infos`` says how long each frame's bytes are; frames travel in parts of their
 own, or, when all of them together are small, glued in one part.
 
-Credit: each request says how many payload bytes its client has taken in since it connected; the
-service sends no more than the client's window beyond that, and waits with the answer until then.
+Credit: each request says how many bytes of answers its client has taken in since its hello; the
+service sends frames within the client's window beyond that. A client that asks on without
+reading gets no further answers once its window, or 64 of them, are under way; at most 16 of its
+requests may wait at a time.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,6 +23,7 @@ from storage.frame import FrameInfo
 
 __all__ = [
     "GLUE_BYTES",
+    "MAX_HEADER_BYTES",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL",
     "WINDOW_BYTES",
@@ -60,6 +63,7 @@ PROTOCOL = 1
 WINDOW_BYTES = 128 << 20
 GLUE_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_HEADER_BYTES = 64 << 20
 
 
 class StreamRef(msgspec.Struct, frozen=True, array_like=True):
@@ -75,7 +79,7 @@ class StreamRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, tag=True, kw_only=True):
-    """What every request carries: its number, and the payload bytes taken in so far (credit)."""
+    """What every request carries: its number, and the bytes of answers taken in so far (credit)."""
 
     id: int
     received_bytes: int = 0
@@ -129,7 +133,7 @@ class Latest(Request):
 
 
 class NextFrames(Request):
-    """Frames leased to a member of a group; acknowledges earlier ones in the same message."""
+    """Frames leased to a member of a group for ``lease_s``; `Acknowledge` says that they are done."""
 
     stream: StreamRef
     group: str
@@ -188,7 +192,7 @@ class PutFrames(Request):
 
     stream: StreamRef
     infos: list[FrameInfo]
-    ack: str = "stored"
+    ack: Literal["buffered", "stored"] = "stored"
 
 
 class FinishStream(Request):
@@ -236,7 +240,7 @@ class PlaneReply(Reply):
 
 
 class PutReply(Reply):
-    """What became of each frame, in the order sent: stored, duplicate, late, conflict, buffered or an error."""
+    """What became of each frame, in the order sent: stored, duplicate, late, conflict, failed or buffered."""
 
     outcomes: list[str]
 
@@ -264,6 +268,8 @@ encode = msgspec.msgpack.Encoder().encode
 
 def decode_request(header: Any) -> Any:
     """A request's struct; ProtocolError for anything else."""
+    if header.nbytes > MAX_HEADER_BYTES:
+        raise ProtocolError(f"request header of {header.nbytes} bytes; at most {MAX_HEADER_BYTES}, send fewer frames")
     try:
         return _request_decoder.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from storage.codec import decode
-from storage.errors import BadFrame
+from storage.codec import CODECS, decode
+from storage.errors import BadFrame, ProtocolError
 from storage.geometry import energy_from_wavelength, wavelength_from_energy
-from storage.models import DetectorHeader, SeriesHeader
+from storage.models import MOST_PLANNED, DetectorHeader, SeriesHeader
+from storage.names import check_name
 from streaming.connectors.cbor_view import Tag, decode_view
 from streaming.errors import BadMessage
 
@@ -26,6 +27,8 @@ _TYPED_ARRAYS = {
     72: "i1", 73: ">i2", 74: ">i4", 75: ">i8", 77: "<i2", 78: "<i4", 79: "<i8",
     81: ">f4", 82: ">f8", 85: "<f4", 86: "<f8",
 }  # fmt: skip
+_IMAGE_DTYPES = ("uint8", "uint16", "uint32")
+_MOST_CHANNELS = 16
 _ROW_MAJOR, _COMPRESSED, _DATE = 40, 56500, 0
 
 
@@ -113,10 +116,10 @@ def _image(fields: dict[str, Any]) -> ImageMessage:
         series_id=_series_id(fields),
         series_unique_id=_text(fields.get("series_unique_id")),
         image_id=_index(fields.get("image_id"), "image_id"),
-        channels={str(name): _encoded_array(item) for name, item in data.items()},
-        start_tick=int(start[0]) if start else None,
-        stop_tick=int(stop[0]) if stop else None,
-        tick_rate=int(start[1]) if start else None,
+        channels={_channel(name): _encoded_array(item) for name, item in data.items()},
+        start_tick=_ticks(start),
+        stop_tick=_ticks(stop),
+        tick_rate=_int64(start[1]) if start else None,
         series_date=_date(fields.get("series_date")),
         user_data=plain(fields.get("user_data")),
     )
@@ -124,18 +127,23 @@ def _image(fields: dict[str, Any]) -> ImageMessage:
 
 def _start(fields: dict[str, Any]) -> StartMessage:
     rows, columns = fields.get("image_size_y"), fields.get("image_size_x")
-    channels = tuple(str(name) for name in fields.get("channels") or ("threshold_1",))
+    channels = tuple(_channel(name) for name in fields.get("channels") or ("threshold_1",))
+    if len(channels) > _MOST_CHANNELS:
+        raise BadMessage(f"stream v2 start message with {len(channels)} channels; detectors have at most 3")
+    dtype = _text(fields.get("image_dtype"))
+    if dtype is not None and dtype not in _IMAGE_DTYPES:
+        raise BadMessage(f"stream v2 start message with image_dtype {dtype[:40]!r}; known are {_IMAGE_DTYPES}")
     return StartMessage(
         series=SeriesHeader(
             series_id=_series_id(fields),
             series_unique_id=_text(fields.get("series_unique_id")) or f"series-{_series_id(fields)}",
-            number_of_images=int(fields.get("number_of_images") or 0),
+            number_of_images=min(max(int(fields.get("number_of_images") or 0), 0), MOST_PLANNED),
             arm_date=_date(fields.get("arm_date")),
         ),
         detector=_detector(fields, channels),
         channels=channels,
         shape=(int(rows), int(columns)) if rows and columns else None,
-        dtype=_text(fields.get("image_dtype")),
+        dtype=dtype,
         pixel_masks=_planes(fields.get("pixel_mask")),
         flatfields=_planes(fields.get("flatfield")),
         user_data=plain(fields.get("user_data")),
@@ -143,30 +151,36 @@ def _start(fields: dict[str, Any]) -> StartMessage:
 
 
 def _detector(fields: dict[str, Any], channels: tuple[str, ...]) -> DetectorHeader:
-    """The detector's header; there is no distance key, it is |detector_translation z|."""
-    translation = fields.get("detector_translation") or (0.0, 0.0, 0.0)
-    energy, wavelength = _number(fields, "incident_energy"), _number(fields, "incident_wavelength")
-    thresholds = fields.get("threshold_energy") or {}
+    """The detector's header; there is no distance key, it is |detector_translation z|.
+
+    A value that makes no sense is left out like one that was not sent: frames are not given up for it.
+    """
+    translation = fields.get("detector_translation")
+    distance = translation[2] if isinstance(translation, list) and len(translation) == 3 else 0.0
+    energy, wavelength = _positive(fields, "incident_energy"), _positive(fields, "incident_wavelength")
+    thresholds = fields.get("threshold_energy")
+    threshold = thresholds.get(channels[0]) if isinstance(thresholds, dict) else None
+    saturation = fields.get("saturation_value")
     return DetectorHeader(
         description=str(fields.get("detector_description") or ""),
         serial_number=str(fields.get("detector_serial_number") or ""),
         sensor_material=str(fields.get("sensor_material") or "Si"),
-        sensor_thickness=_number(fields, "sensor_thickness"),
-        pixel_size_x=_number(fields, "pixel_size_x") or 75e-6,
-        pixel_size_y=_number(fields, "pixel_size_y") or 75e-6,
-        beam_center_x=_number(fields, "beam_center_x"),
-        beam_center_y=_number(fields, "beam_center_y"),
-        detector_distance=abs(float(translation[2])),
+        sensor_thickness=_positive(fields, "sensor_thickness"),
+        pixel_size_x=_positive(fields, "pixel_size_x") or 75e-6,
+        pixel_size_y=_positive(fields, "pixel_size_y") or 75e-6,
+        beam_center_x=_finite(fields.get("beam_center_x")),
+        beam_center_y=_finite(fields.get("beam_center_y")),
+        detector_distance=abs(_finite(distance)),
         incident_energy=energy or (energy_from_wavelength(wavelength) if wavelength else 0.0),
         incident_wavelength=wavelength or (wavelength_from_energy(energy) if energy else 0.0),
-        count_time=_number(fields, "count_time"),
-        frame_time=_number(fields, "frame_time"),
-        saturation_value=fields.get("saturation_value"),
-        threshold_energy=thresholds.get(channels[0]),
-        countrate_correction_enabled=fields.get("countrate_correction_enabled"),
-        flatfield_enabled=fields.get("flatfield_enabled"),
-        pixel_mask_enabled=fields.get("pixel_mask_enabled"),
-        virtual_pixel_interpolation_enabled=fields.get("virtual_pixel_interpolation_enabled"),
+        count_time=_positive(fields, "count_time"),
+        frame_time=_positive(fields, "frame_time"),
+        saturation_value=saturation if isinstance(saturation, int) else None,
+        threshold_energy=_finite(threshold) if threshold is not None else None,
+        countrate_correction_enabled=_flag(fields, "countrate_correction_enabled"),
+        flatfield_enabled=_flag(fields, "flatfield_enabled"),
+        pixel_mask_enabled=_flag(fields, "pixel_mask_enabled"),
+        virtual_pixel_interpolation_enabled=_flag(fields, "virtual_pixel_interpolation_enabled"),
     )
 
 
@@ -179,24 +193,28 @@ def _encoded_array(item: Any) -> EncodedArray:
     dtype = np.dtype(_TYPED_ARRAYS[typed.number])
     if dtype.byteorder == ">":
         raise BadMessage(f"big-endian image data (tag {typed.number}) is not supported; detectors send little-endian")
+    if not isinstance(shape, list) or not 1 <= len(shape) <= 3:
+        raise BadMessage(f"image data with a shape that is {_describe(shape)}")
     shape = tuple(_index(n, "array dimension") for n in shape)
     if isinstance(typed.value, memoryview):
         return EncodedArray(shape, dtype.name, "raw", typed.value)
     if not isinstance(typed.value, Tag) or typed.value.number != _COMPRESSED:
         raise BadMessage(f"image bytes are neither plain nor compressed (tag 56500) but {_describe(typed.value)}")
     codec, element_size, blob = typed.value.value
+    if codec not in CODECS or not isinstance(blob, memoryview):
+        raise BadMessage(f"image bytes are compressed with {_describe(codec)}; known are {', '.join(CODECS)}")
     if codec == "bslz4" and element_size != dtype.itemsize:
         raise BadMessage(f"bslz4 element size {element_size} does not fit {dtype.name}")
-    return EncodedArray(shape, dtype.name, str(codec), blob)
+    return EncodedArray(shape, dtype.name, codec, blob)
 
 
 def _planes(item: Any) -> dict[str, np.ndarray]:
     """Flat fields or masks by channel; those cut or empty (header_detail below ``all``) are left out."""
-    planes = {}
-    for channel, array in (item or {}).items():
+    planes: dict[str, np.ndarray] = {}
+    for channel, array in item.items() if isinstance(item, dict) else ():
         try:
             planes[str(channel)] = _encoded_array(array).decode()
-        except (BadFrame, BadMessage):
+        except (BadFrame, ProtocolError, TypeError, ValueError):
             continue
     return planes
 
@@ -213,6 +231,8 @@ def plain(item: Any) -> Any:
         return item[:4096].hex()
     if isinstance(item, float) and not math.isfinite(item):
         return None
+    if isinstance(item, int) and not -(2**63) <= item < 2**63:
+        return str(item)
     return item
 
 
@@ -226,8 +246,35 @@ def _index(value: Any, name: str) -> int:
     return value
 
 
-def _number(fields: dict[str, Any], name: str) -> float:
-    return float(fields.get(name) or 0.0)
+def _finite(value: Any) -> float:
+    """A finite number; 0, that is unknown, for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+
+
+def _positive(fields: dict[str, Any], name: str) -> float:
+    return max(_finite(fields.get(name)), 0.0)
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool | None:
+    value = fields.get(name)
+    return value if isinstance(value, bool) else None
+
+
+def _ticks(time: Any) -> int | None:
+    """Numerator of a ``[numerator, denominator]`` time."""
+    return _int64(time[0]) if time else None
+
+
+def _int64(value: Any) -> int:
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise BadMessage(f"stream v2 message with a number beyond 64 bits: {number}")
+    return number
+
+
+def _channel(name: Any) -> str:
+    """A channel becomes part of a folder's name."""
+    return check_name(name, "channel")
 
 
 def _date(item: Any) -> datetime | None:
@@ -245,4 +292,7 @@ def _text(value: Any) -> str | None:
 
 
 def _describe(item: Any) -> str:
-    return f"tag {item.number}" if isinstance(item, Tag) else f"{type(item).__name__} {str(item)[:60]!r}"
+    if isinstance(item, Tag):
+        return f"tag {item.number}"
+    is_plain = isinstance(item, str | int | float | None)
+    return f"{type(item).__name__} {str(item)[:60]!r}" if is_plain else f"a {type(item).__name__}"

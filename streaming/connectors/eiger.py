@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from storage.errors import BadFrame, BadName, NearlineError
 from storage.frame import FrameInfo
 from storage.models import StreamHeader
 from storage.names import check_name
+from storage.run_folder import RunFolder
 from streaming.connectors.dectris_stream2 import EndMessage, ImageMessage, StartMessage, parse_message
 from streaming.errors import BadMessage
 from streaming.recorder import LiveStream, Recorder
@@ -114,12 +115,13 @@ class EigerConnector(threading.Thread):
     # ---- series ---------------------------------------------------------------------------------
 
     def _start(self, message: StartMessage) -> None:
-        if self._recorder.find_series(message.series.series_unique_id, message.series.series_id):
+        if self._series(message.series.series_unique_id, message.series.series_id):
             return  # the same header again, after a reconnect
         self._end_previous()
         if message.shape is None or message.dtype is None:
             self._pending = _Pending(message)
             return
+        # The message does not tell the codec: bslz4 is the detector's default, the first image corrects it.
         self._open_run(message, dict.fromkeys(message.channels, (message.shape, message.dtype, "bslz4")))
 
     def _end_previous(self) -> None:
@@ -128,24 +130,25 @@ class EigerConnector(threading.Thread):
         for stream in self._mine():
             self._recorder.finish_stream(stream, aborted="a new series began without an end message")
 
+    def _series(self, series_unique_id: str | None, series_id: int) -> list[LiveStream]:
+        """Open streams of a series of this detector; another one may count its series alike."""
+        return [s for s in self._recorder.find_series(series_unique_id, series_id) if self._is_mine(s)]
+
     def _mine(self) -> list[LiveStream]:
-        return [
-            s
-            for s in self._recorder.streams()
-            if not s.store.is_finished
-            and s.header.series is not None
-            and s.header.data_source.split(".")[0] == self.data_source
-        ]
+        is_open = (s for s in self._recorder.streams() if not s.store.is_finished and s.header.series is not None)
+        return [s for s in is_open if s.header.parent is None and self._is_mine(s)]
+
+    def _is_mine(self, stream: LiveStream) -> bool:
+        name = stream.header.data_source
+        return name == self.data_source or name.startswith(f"{self.data_source}.")
 
     def _open_run(self, message: StartMessage, arrays: dict[str, tuple[Any, str, str]]) -> None:
-        wish = _wish(message.user_data)
-        experiment = wish.get("experiment") or self._experiment
         user_data = {"header_appendix": message.user_data} if message.user_data else {}
-        folder = self._recorder.start_run(experiment, wish.get("run"), sample=wish.get("sample"), user_data=user_data)
-        for channel, (shape, dtype, codec) in arrays.items():
-            header = StreamHeader(
-                experiment=folder.header.experiment,
-                run=folder.header.run,
+        # Made before the run is, so that a header that cannot be leaves no empty run behind.
+        headers = {
+            channel: StreamHeader(
+                experiment=self._experiment,
+                run=0,
                 data_source=self._name_of(channel, message.channels),
                 shape=shape,
                 dtype=dtype,
@@ -156,18 +159,34 @@ class EigerConnector(threading.Thread):
                 series=message.series,
                 user_data=user_data,
             )
+            for channel, (shape, dtype, codec) in arrays.items()
+        }
+        folder = self._start_run(_wish(message.user_data), user_data)
+        for channel, header in headers.items():
             self._recorder.start_stream(
                 folder,
-                header,
-                pixel_mask=_fitting(message.pixel_masks.get(channel), shape),
-                flatfield=_fitting(message.flatfields.get(channel), shape),
+                header.model_copy(update={"experiment": folder.header.experiment, "run": folder.header.run}),
+                pixel_mask=_fitting(message.pixel_masks.get(channel), header.shape),
+                flatfield=_fitting(message.flatfields.get(channel), header.shape),
             )
+
+    def _start_run(self, wish: dict[str, Any], user_data: dict[str, Any]) -> RunFolder:
+        """The run that the header appendix asks for; else the next free one: frames are not given up for a name."""
+        experiment, run = wish.get("experiment") or self._experiment, wish.get("run")
+        sample = None if wish.get("sample") is None else str(wish["sample"])
+        try:
+            return self._recorder.start_run(experiment, run, sample=sample, user_data=user_data)
+        except BadName as error:
+            if experiment == self._experiment and run is None:
+                raise
+            log.error("%s: %s; this series goes to the next run of %s", self.data_source, error, self._experiment)
+            return self._recorder.start_run(self._experiment, sample=sample, user_data=user_data)
 
     def _name_of(self, channel: str, channels: tuple[str, ...]) -> str:
         return self.data_source if channel == channels[0] else f"{self.data_source}.{channel}"
 
     def _end(self, message: EndMessage) -> None:
-        streams = self._recorder.find_series(message.series_unique_id, message.series_id)
+        streams = self._series(message.series_unique_id, message.series_id)
         if not streams:
             raise BadMessage(f"end of series {message.series_id}, which is not being recorded")
         for stream in streams:
@@ -177,11 +196,10 @@ class EigerConnector(threading.Thread):
 
     def _image(self, message: ImageMessage) -> None:
         if self._pending and self._pending.message.series.series_id == message.series_id:
-            start, self._pending = self._pending.message, None
+            start = self._pending.message
             self._open_run(start, {n: (a.shape, a.dtype, a.codec) for n, a in message.channels.items()})
-        streams = {
-            s.header.data_source: s for s in self._recorder.find_series(message.series_unique_id, message.series_id)
-        }
+            self._pending = None
+        streams = {s.header.data_source: s for s in self._series(message.series_unique_id, message.series_id)}
         if not streams:
             raise BadMessage(
                 f"image of series {message.series_id} before any start message of it; its frames are left out "
@@ -195,6 +213,8 @@ class EigerConnector(threading.Thread):
 
     def _take(self, stream: LiveStream, message: ImageMessage, array: Any) -> None:
         """Queue one array; one that contradicts its header is rejected by index, with the reason."""
+        if array.codec != stream.header.codec and not stream.submitted and not stream.store.states.announced:
+            stream.store.change_codec(array.codec)
         header = stream.header
         info = _frame_info(message)
         try:
@@ -208,7 +228,7 @@ class EigerConnector(threading.Thread):
                 if self._stopping.is_set():
                     return
         except BadFrame as error:
-            if 0 <= info.frame_index < max(header.planned, stream.store.states.announced + 1):
+            if 0 <= info.frame_index < self._recorder.index_limit(stream):
                 self._recorder.reject(stream, info.frame_index, str(error))
             raise
         self.is_paused = False
@@ -244,12 +264,20 @@ def _frame_info(message: ImageMessage) -> FrameInfo:
         info.meta = {"image_appendix": message.user_data}
     if message.series_date and message.tick_rate and message.start_tick is not None:
         # Absolute frame time = series_date + start_time (stream v2 documentation).
-        offset = timedelta(microseconds=message.start_tick * 1_000_000 // message.tick_rate)
-        info.utc_ns = int((message.series_date + offset).timestamp() * 1e9)
-        info.utc_source = "series_date"
-    else:
+        info.utc_ns = _absolute_ns(message.series_date, message.start_tick, message.tick_rate)
+        info.utc_source = "series_date" if info.utc_ns is not None else info.utc_source
+    if info.utc_ns is None:
         info.utc_ns = time.time_ns()
     return info
+
+
+def _absolute_ns(series_date: datetime, tick: int, tick_rate: int) -> int | None:
+    """UTC in ns since 1970; None where the detector's numbers lead out of the calendar."""
+    try:
+        moment = series_date + timedelta(microseconds=tick * 1_000_000 // tick_rate)
+        return int(moment.timestamp() * 1e9)
+    except (OverflowError, ValueError):
+        return None
 
 
 def _wish(user_data: Any) -> dict[str, Any]:
@@ -257,8 +285,6 @@ def _wish(user_data: Any) -> dict[str, Any]:
     wish = user_data.get(_USER_KEY) if isinstance(user_data, dict) else None
     if not isinstance(wish, dict):
         return {}
-    if wish.get("run") is not None and not isinstance(wish["run"], int):
-        raise BadName(f"header appendix asks for run {wish['run']!r}; a run is a whole number")
     return wish
 
 

@@ -21,12 +21,9 @@ class ShardReader:
 
     def __init__(self, path: Path, start: int, size: int) -> None:
         self.path, self.start, self.size = path, start, size
+        self._fd = -1
         self._fd = os.open(path, os.O_RDONLY)
-        try:
-            self._rows = self._read_index()
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._rows = self._read_index()
 
     def __contains__(self, frame_index: int) -> bool:
         row = frame_index - self.start

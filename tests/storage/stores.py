@@ -1,0 +1,45 @@
+"""Small streams for the storage tests."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from storage.codec import encode
+from storage.frame import FrameInfo, blob_crc32c, blob_digest
+from storage.models import RunHeader, StreamHeader
+from storage.run_folder import RunFolder
+from storage.stream_store import StreamStore
+
+SHAPE = (64, 80)
+
+
+def pixels(index: int, dtype: str = "uint16", shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    rng = np.random.default_rng(index)
+    return rng.integers(0, 200, shape).astype(dtype)
+
+
+def new_folder(root: Path, run: int = 1) -> RunFolder:
+    return RunFolder.create(root, RunHeader(experiment="lyso", run=run, started_at=datetime.now(UTC)))
+
+
+def new_header(**options) -> StreamHeader:
+    fields = {"data_source": "eiger", "shape": SHAPE, "dtype": "uint16", "frames_per_chunk": 4} | options
+    return StreamHeader(experiment="lyso", run=1, **fields)
+
+
+def new_store(root: Path, **options) -> StreamStore:
+    return StreamStore.create(new_folder(root), new_header(**options))
+
+
+def row(index: int, blob: bytes, **fields) -> FrameInfo:
+    info = FrameInfo(frame_index=index, size_bytes=len(blob), **fields)
+    info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
+    return info
+
+
+def put(store: StreamStore, *indices: int) -> None:
+    """Append frames whose pixels follow from their index."""
+    for index in indices:
+        blob = encode(pixels(index, store.header.dtype, store.header.shape), store.header.codec)
+        store.append(row(index, blob, meta={"delay": index / 10}), blob)

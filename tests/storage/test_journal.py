@@ -1,0 +1,140 @@
+"""The journal: what is appended is there after any cut, and never more than that."""
+
+import errno
+import os
+
+import pytest
+
+from storage.errors import BadFrame, CorruptFrame, StorageFull
+from storage.journal import Journal
+from storage.shard import ShardReader
+
+from .stores import row
+
+BLOBS = {0: b"a" * 100, 2: b"", 1: b"bb" * 300, 5: bytes(range(256))}
+
+
+def fill(journal: Journal) -> list[int]:
+    """Append all blobs; the journal's end after each."""
+    ends = []
+    for index, blob in BLOBS.items():
+        journal.append(row(index, blob, meta={"i": index}), blob)
+        ends.append(journal.end)
+    return ends
+
+
+def test_read_back(tmp_path):
+    journal = Journal.create(tmp_path / "j", 0, 8)
+    fill(journal)
+    assert {i: journal.read(i).blob for i in BLOBS} == BLOBS
+    assert journal.read(1).info.meta == {"i": 1}
+
+
+def test_every_truncation_keeps_the_whole_records(tmp_path):
+    path = tmp_path / "j"
+    ends = fill(Journal.create(path, 0, 8))
+    content = path.read_bytes()
+    for cut in [*range(0, len(content), 13), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])]:
+        path.write_bytes(content[:cut])
+        journal = Journal.recover(path, 0, 8)
+        n_whole = sum(end <= cut for end in ends)
+        assert list(journal.infos) == list(BLOBS)[:n_whole]
+        assert path.stat().st_size == (ends[n_whole - 1] if n_whole else 0)
+
+
+@pytest.mark.parametrize("at", range(0, 180, 7))
+def test_a_damaged_record_ends_what_is_recovered(tmp_path, at):
+    path = tmp_path / "j"
+    ends = fill(Journal.create(path, 0, 8))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0xFF
+    path.write_bytes(content)
+    assert list(Journal.recover(path, 0, 8).infos) == list(BLOBS)[: sum(end <= at for end in ends)]
+
+
+def test_goes_on_after_recovery(tmp_path):
+    path = tmp_path / "j"
+    fill(Journal.create(path, 0, 8))
+    os.truncate(path, path.stat().st_size - 1)
+    journal = Journal.recover(path, 0, 8)
+    journal.append(row(7, b"new"), b"new")
+    assert [*Journal.recover(path, 0, 8).infos] == [0, 2, 1, 7]
+
+
+def test_sealed_journal_is_a_shard_and_still_a_journal(tmp_path):
+    path = tmp_path / "j"
+    journal = Journal.create(path, 0, 8)
+    fill(journal)
+    journal.write_index()
+    reader = ShardReader(path, 0, 8)
+    assert {i: reader.read(i) for i in range(8) if i in reader} == BLOBS
+    with pytest.raises(KeyError):
+        reader.read(3)
+    assert list(Journal.recover(path, 0, 8).infos) == list(BLOBS)
+
+
+def test_damaged_blob_is_named(tmp_path):
+    path = tmp_path / "j"
+    journal = Journal.create(path, 0, 8)
+    fill(journal)
+    with open(path, "r+b") as file:
+        file.seek(journal.locations[5].offset)
+        file.write(b"\xff")
+    with pytest.raises(CorruptFrame, match=r"frame 5 in .*/j fails its crc32c"):
+        journal.read(5)
+
+
+def test_cut_shard_index_is_named(tmp_path):
+    path = tmp_path / "j"
+    journal = Journal.create(path, 0, 8)
+    fill(journal)
+    journal.write_index()
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CorruptFrame, match="index of shard"):
+        ShardReader(path, 0, 8)
+
+
+def test_view_follows_a_living_writer(tmp_path):
+    writer = Journal.create(tmp_path / "j", 0, 8)
+    writer.append(row(0, b"x"), b"x")
+    view = Journal.view(tmp_path / "j", 0, 8)
+    writer.append(row(1, b"y"), b"y")
+    assert list(view.infos) == [0]
+    view.look_again()
+    assert view.read(1).blob == b"y"
+
+
+def test_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
+    """Half a record is written, then the disk is full; when there is room again it goes on."""
+    journal = Journal.create(tmp_path / "j", 0, 8)
+    journal.append(row(0, b"x" * 100), b"x" * 100)
+    end = journal.end
+    real = os.pwritev
+    calls = []
+
+    def full(fd, parts, offset):
+        calls.append(offset)
+        if len(calls) == 1:
+            return os.pwrite(fd, bytes(parts[0])[:10], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(StorageFull, match="no space left for j"):
+        journal.append(row(1, b"y" * 100), b"y" * 100)
+    assert (tmp_path / "j").stat().st_size == end
+    monkeypatch.setattr(os, "pwritev", real)
+    journal.append(row(1, b"y" * 100), b"y" * 100)
+    assert list(Journal.recover(tmp_path / "j", 0, 8).infos) == [0, 1]
+
+
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, at: os.pwrite(fd, b"".join(map(bytes, parts))[:11], at))
+    fill(Journal.create(tmp_path / "j", 0, 8))
+    assert list(Journal.recover(tmp_path / "j", 0, 8).infos) == list(BLOBS)
+
+
+def test_row_that_recovery_would_not_read_is_refused(tmp_path):
+    journal = Journal.create(tmp_path / "j", 0, 8)
+    with pytest.raises(BadFrame, match="recovery would not read it"):
+        journal.append(row(0, b"", meta={"x": "y" * (65 << 20)}), b"")
+    assert journal.end == 0

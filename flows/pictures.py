@@ -36,8 +36,7 @@ def draw_frame(
     figure, axes = plt.subplots(figsize=(7, 7 * frame.shape[0] / frame.shape[1] + 0.4), dpi=100)
     low, high = np.nanpercentile(image, [1, 99.7]) if np.isfinite(image).any() else (0, 1)
     extent = (0, sums.shape[1] * factor, sums.shape[0] * factor, 0)
-    colours = plt.get_cmap("gray_r").copy()
-    colours.set_bad("#cfd8e6")
+    colours = plt.get_cmap("gray_r").with_extremes(bad="#cfd8e6")
     axes.imshow(image, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="nearest")
     if reflections is not None and len(reflections):
         axes.scatter(

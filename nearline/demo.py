@@ -6,8 +6,9 @@ a process of their own, as they would at a beamline; this one watches and checks
 
 import json
 import os
-import shutil
+import shlex
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -308,7 +309,7 @@ class _Demo:
     def _summarise(self, result: "_Result") -> None:
         summary, ledger = result.summary, result.ledger
         colour = "green" if result.is_good else "red"
-        title = "everything agrees" if result.is_good else "; ".join(result.problems)
+        title = result.verdict if result.is_good else "; ".join(result.problems)
         self._print(f"\n[{colour} bold]{self._run_name}: {title}[/]")
         verdict = "balances" if ledger.is_balanced else "[red]does not balance[/red]"
         rows = [("ledger", f"{verdict}: {ledger.stored} of {ledger.planned} stored, {ledger.missing} missing")]
@@ -328,15 +329,18 @@ class _Demo:
         self._console.print(line, highlight=False, soft_wrap=True)
 
     def _next_lines(self, result: "_Result") -> list[str]:
-        command = shutil.which("nearline") or "nearline"
-        command = os.path.relpath(command) if Path(command).is_relative_to(Path.cwd()) else command
-        folder = os.path.relpath(result.folder) if result.folder.is_relative_to(Path.cwd()) else str(result.folder)
-        python = os.path.join(os.path.dirname(command), "python") if os.path.dirname(command) else "python"
+        folder = _short(result.folder)
+        command, python = _short(Path(sys.executable).parent / "nearline"), _short(Path(sys.executable))
         return [
             f"{command} info {folder}",
             f"{python} -c \"import nearline; print(nearline.open('{folder}')['{_SOURCE}'][0].data.mean())\"",
-            f"{command} demo --keep      # the same again, with the Prefect UI left up to look around",
+            f"{command} demo --keep{self._real_options()}   # again, with the Prefect UI left up to look around",
         ]
+
+    def _real_options(self) -> str:
+        s = self._settings
+        values = {"--real": s.real, "--cell": s.cell, "--space-group": s.space_group}
+        return "".join(f" {name} {shlex.quote(str(value))}" for name, value in values.items() if value)
 
     def _keep(self) -> None:
         self._console.print(
@@ -374,6 +378,10 @@ class _Result:
     @property
     def is_good(self) -> bool:
         return not self.problems
+
+    @property
+    def verdict(self) -> str:
+        return "everything agrees with the truth" if self.comparison else "every frame is accounted for"
 
     def rates(self) -> list[tuple[str, str]]:
         """Hits and lattices in words, against the truth where it is known."""
@@ -431,6 +439,11 @@ class _Result:
         except KeyError:  # a recipe without indexing
             return []
         return [row for row in rows if row["crystal"] == 0]
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _cell_of(row: dict[str, Any] | None) -> list[float] | None:

@@ -54,14 +54,14 @@ class IndexStates:
     def set(self, start: int, stop: int, state: FrameState, cause: str | None = None) -> None:
         """Put ``start <= index < stop`` into a state; the stream is announced at least to ``stop``."""
         self.announce(stop)
-        self._cause_of[start:stop] = self._number_of(cause)
+        self._cause_of[start:stop] = self._number_of(state, cause)
         self._codes[start:stop] = state
 
     def account(self, start: int, stop: int, state: FrameState, cause: str | None) -> None:
         """Put those indices of a range that are still pending into a state."""
         self.announce(stop)
         pending = self._codes[start:stop] == FrameState.pending
-        self._cause_of[start:stop][pending] = self._number_of(cause)
+        self._cause_of[start:stop][pending] = self._number_of(state, cause)
         self._codes[start:stop][pending] = state
 
     def announce(self, stop: int) -> None:
@@ -116,8 +116,8 @@ class IndexStates:
         stop = self.announced if stop is None else min(max(stop, 0), self.announced)
         return min(max(start, 0), stop), stop
 
-    def _number_of(self, cause: str | None) -> int:
-        if not cause or cause == self._causes[0]:
+    def _number_of(self, state: FrameState, cause: str | None) -> int:
+        if not cause or cause == self._causes[0] or state in (FrameState.stored, FrameState.pending):
             return 0
         if cause not in self._cause_numbers:
             self._causes.append(cause)

@@ -24,8 +24,8 @@ def new_folder(root: Path, run: int = 1) -> RunFolder:
 
 
 def new_header(**options) -> StreamHeader:
-    fields = {"data_source": "eiger", "shape": SHAPE, "dtype": "uint16", "frames_per_chunk": 4} | options
-    return StreamHeader(experiment="lyso", run=1, **fields)
+    fields = {"run": 1, "data_source": "eiger", "shape": SHAPE, "dtype": "uint16", "frames_per_chunk": 4} | options
+    return StreamHeader(experiment="lyso", **fields)
 
 
 def new_store(root: Path, **options) -> StreamStore:

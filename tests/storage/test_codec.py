@@ -1,5 +1,6 @@
 """Frames decode to what was encoded; anything else is a BadFrame, never a crash."""
 
+import contextlib
 import struct
 
 import h5py
@@ -134,10 +135,8 @@ def test_damaged_bytes_never_crash(at, value, codec):
 
 @given(blob=st.binary(max_size=200), codec=st.sampled_from(["bslz4", "lz4", "raw"]))
 def test_random_bytes_never_crash(blob, codec):
-    try:
+    with contextlib.suppress(BadFrame):
         decode(blob, (4, 4), "uint16", codec)
-    except BadFrame:
-        pass
 
 
 def test_decode_into_needs_a_writable_contiguous_array():

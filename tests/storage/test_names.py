@@ -13,7 +13,25 @@ def test_usable_names(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "-rf", ".hidden", "a..b", "a b", "a\0", "a\n", "ä", "a" * 101, 7, None],
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "a\\b",
+        "/etc",
+        "-rf",
+        ".hidden",
+        "a..b",
+        "a b",
+        "a\0",
+        "a\n",
+        "ä",
+        "a" * 101,
+        7,
+        None,
+    ],
     ids=repr,
 )
 def test_unusable_names(name):

@@ -185,7 +185,7 @@ def test_killed_at_every_step_of_a_seal(tmp_path, monkeypatch, step, after, end)
 
         return die
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
         if step == "write_index":
             patch.setattr(storage.stream_store.Journal, step, dying(storage.stream_store.Journal.write_index))
         elif step == "unlink":
@@ -418,7 +418,7 @@ def test_infos_over_chunks_and_journals(tmp_path):
     ids=str,
 )
 def test_header_that_cannot_be_is_refused(options):
-    with pytest.raises(ValueError, match=".+"):
+    with pytest.raises(ValueError, match=r"."):
         new_header(**options)
 
 

@@ -27,8 +27,8 @@ _EMPTY = np.empty(0)
 class RunExporter:
     """The files of one processing, open while chunks come in.
 
-    Nothing stands under its final name before `close`; a second attempt writes them anew from
-    the kept step outputs.
+    The NXmx file gets its name at `close`; the CrystFEL stream grows where it is, whole frames at
+    a time. A second attempt writes both anew from the kept step outputs.
     """
 
     def __init__(

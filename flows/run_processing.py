@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from pydantic import Field
 
 from flows.exports import RunExporter
@@ -32,7 +31,7 @@ from streaming.retrieval import Chunk, Frame, Run, Stream, open_run
 from tasks.bin_frames import binned_header
 from tasks.chunk_frames import usable_mask
 from tasks.process_chunk import ChunkResult, process_chunk
-from tasks.recipe import Recipe, load_recipe
+from tasks.recipe import Recipe, load_recipe, read_mask
 from tasks.steps import STEPS, BinParams
 
 __all__ = ["ProcessRequest", "Progress", "Reporter", "RunTotals", "run_processing"]
@@ -220,7 +219,7 @@ class _Work:
         self._run, self._stream, self._processing, self._recipe = run, stream, processing, recipe
         self._n_threads, self._call, self._reporter = n_threads, call, reporter
         self._header = stream.header.model_copy(update={"detector": recipe.detector_header(stream.header.detector)})
-        user_mask = np.load(recipe.mask) if recipe.mask else None
+        user_mask = read_mask(Path(recipe.mask)) if recipe.mask else None
         self._mask = usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
         self._totals = RunTotals()
         self._pictures: list[Path] = []

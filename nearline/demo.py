@@ -295,15 +295,18 @@ class _Demo:
         cell = self._settings.unit_cell
         if not self._settings.real and cell is not None:
             comparison = compare_with_truth(processing, self._truth, cell)
+        stream = run[_SOURCE]
+        files = {f.frame_index: f.meta.get("source_file") for f in stream} if self._settings.real else {}
         return _Result(
             self._settings.experiment,
             self._number,
             run.state.value,
             run.folder,
-            run[_SOURCE].ledger(),
+            stream.ledger(),
             processing,
             processing.summary or {},
             comparison,
+            files,
         )
 
     def _summarise(self, result: "_Result") -> None:
@@ -365,6 +368,7 @@ class _Result:
     processing: Processing
     summary: dict[str, Any]
     comparison: Comparison | None
+    source_files: dict[int, str | None]
 
     @property
     def problems(self) -> list[str]:
@@ -406,6 +410,7 @@ class _Result:
                 "hit": row["hit"],
                 "indexed": row.get("indexed", False),
                 "cell": _cell_of(cells.get(row["frame_index"])),
+                "source_file": self.source_files.get(row["frame_index"]),
             }
             for row in self.processing.frames.to_pylist()
         ]

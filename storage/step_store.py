@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from storage.errors import NearlineError, RunNotFound
+from storage.errors import BadRecipe, NearlineError, RunNotFound
 from storage.files import publish, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Model
@@ -221,8 +221,11 @@ def join_frames(tables: list[pa.Table | None]) -> pa.Table:
             joined = table
             continue
         for name in table.column_names:
-            if name not in joined.column_names:
-                joined = joined.append_column(name, table.column(name))
+            if name == "frame_index":
+                continue
+            if name in joined.column_names:
+                raise BadRecipe(f"two steps make the column {name!r}; let one of them name it otherwise")
+            joined = joined.append_column(name, table.column(name))
     return joined if joined is not None else pa.table({"frame_index": pa.array([], pa.int64())})
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from storage.codec import decode
+from storage.errors import ShapeMismatch
 from storage.frame import RawFrame
 from storage.geometry import Geometry
 from storage.models import DetectorHeader, StreamHeader
@@ -76,6 +77,12 @@ class ChunkFrames:
         return Geometry.from_header(self.detector, (self.mask.shape[0], self.mask.shape[1]))
 
     @property
+    def detector_geometry(self) -> Geometry:
+        """Where the detector's own pixels are; positions in result tables are in these."""
+        shape = self.detector_mask.shape
+        return Geometry.from_header(self.header.detector or DetectorHeader(), (shape[0], shape[1]))
+
+    @property
     def saturation_value(self) -> int | None:
         """Largest trustworthy count of an unbinned pixel."""
         return self.detector.saturation_value
@@ -106,5 +113,9 @@ def usable_mask(pixel_mask: np.ndarray | None, shape: tuple[int, ...], user_mask
     if pixel_mask is not None:
         mask |= (pixel_mask & _BAD_BITS) != 0
     if user_mask is not None:
+        if user_mask.shape != tuple(shape):
+            raise ShapeMismatch(
+                f"the recipe's mask has shape {user_mask.shape}, the frames {tuple(shape)}; make one for this detector"
+            )
         mask |= user_mask != 0
     return mask

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import blake3
+import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from storage.errors import BadRecipe
+from storage.masks import array_digest
 from storage.models import DetectorHeader, Model
 from tasks.steps import STEPS, find_function
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe"]
+__all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
 
 
 class Sample(Model):
@@ -66,6 +68,7 @@ class Recipe(Model):
         default_factory=dict, description="header values that replace the detector's, e.g. detector_distance in m"
     )
     mask: str | None = Field(None, description=".npy file, (slow, fast), nonzero = do not use; added to the detector's")
+    mask_digest: str | None = Field(None, description="of the mask's values, set when the recipe is loaded")
 
     @field_validator("steps")
     @classmethod
@@ -93,7 +96,7 @@ class Recipe(Model):
     @property
     def digest(self) -> str:
         """blake3 of the recipe's content, hex."""
-        return blake3.blake3(self.model_dump_json(exclude={"name"}).encode()).hexdigest()
+        return blake3.blake3(self.model_dump_json(exclude={"name", "mask"}).encode()).hexdigest()
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:
         """The detector's header with this recipe's values in place."""
@@ -120,6 +123,8 @@ def load_recipe(source: "str | Path | dict[str, Any] | Recipe") -> Recipe:
         folder, content = path.parent, _read_mapping(path)
     if isinstance(content.get("sample"), dict):
         content["sample"] = _resolved_sample(content["sample"], folder)
+    if isinstance(content.get("mask"), str):
+        content |= _resolved_mask(folder / content["mask"], content.get("mask_digest"))
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -149,6 +154,23 @@ def _resolved_sample(sample: dict[str, Any], folder: Path) -> dict[str, Any]:
         source = folder / source
     cell = read_cell(source, sample.get("space_group"))
     return sample | {"cell": cell.parameters, "space_group": cell.space_group}
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A user's mask, (slow, fast), nonzero = do not use."""
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadRecipe(f"cannot read mask {path}: {error}; save it with numpy.save") from None
+    return np.asarray(mask)
+
+
+def _resolved_mask(path: Path, expected: str | None) -> dict[str, str]:
+    """The mask's full path and what is in it; BadRecipe if that is not what the recipe was recorded with."""
+    digest = array_digest(read_mask(path))
+    if expected not in (None, digest):
+        raise BadRecipe(f"mask {path} has changed since the recipe was recorded; restore it, or leave out mask_digest")
+    return {"mask": str(path.absolute()), "mask_digest": digest}
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

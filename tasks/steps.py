@@ -9,8 +9,9 @@ of arrays with one value per frame.
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,11 +20,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
+from storage import codec as codec_module
+from storage import geometry as geometry_module
 from storage.codec import encode
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.step_store import Tables
-from tasks import bin_frames, find_peaks, index_frame, unit_cell
+from tasks import bin_frames, chunk_frames, find_peaks, index_frame, unit_cell
 from tasks import integrate_spots as integrate_spots_module
 from tasks import predict_spots as predict_spots_module
 from tasks.bin_frames import bin_frame
@@ -37,7 +40,7 @@ from tasks.unit_cell import UnitCell
 __all__ = ["STEPS", "BinParams", "FindPeaksParams", "Step", "crystal_matrix", "find_function", "user_step"]
 
 Upstream = Mapping[str, Tables]
-P = TypeVar("P")
+P = TypeVar("P", PeakParams, IntegrationParams)
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,21 @@ class Step:
     @property
     def identity(self) -> dict[str, str]:
         """What the code of this step is: source digest and versions of the numeric libraries."""
-        return {"source": source_digest(*self.kernels), **library_versions()}
+        return {"source": source_digest(*self.kernels, *_SHARED), **library_versions()}
+
+
+# What every step is computed with, whatever its kernel.
+_SHARED = (sys.modules[__name__], chunk_frames, bin_frames, geometry_module, codec_module)
 
 
 def library_versions() -> dict[str, str]:
     """Versions of what computes numbers."""
-    return {"numpy": version("numpy"), "numba": version("numba"), "gemmi": version("gemmi")}
+    return {
+        "bitshuffle": version("bitshuffle"),
+        "numpy": version("numpy"),
+        "numba": version("numba"),
+        "gemmi": version("gemmi"),
+    }
 
 
 def source_digest(*modules: ModuleType) -> str:
@@ -172,8 +184,8 @@ def run_bin(chunk: ChunkFrames, params: BinParams, cell: UnitCell | None, upstre
 
 def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
     """Peaks of each frame, and whether it is a hit."""
-    finder = PeakFinder(chunk.geometry, chunk.mask, _with_saturation(params, PeakParams, chunk))
-    tables = chunk.map(lambda position: finder(chunk.data(position)))
+    finder = PeakFinder(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
+    tables = chunk.map(lambda position: _in_detector_px(finder(chunk.data(position)), chunk))
     n_peaks = np.array([len(t) for t in tables], np.int64)
     peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
     columns: dict[str, Any] = {"frame_index": np.repeat(chunk.frame_index, n_peaks)}
@@ -188,7 +200,7 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
     """Lattices in the hits, with the known cell."""
     assert cell is not None
     peaks, hit = _table(upstream, "peaks"), _frame_column(upstream, "hit")
-    geometry = chunk.geometry
+    geometry = chunk.detector_geometry
     indexer = Indexer(cell, geometry.wavelength, params)
     rows = _rows_by_frame(peaks, chunk.frame_index)
 
@@ -213,19 +225,19 @@ def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | 
     crystals, peaks = _table(upstream, "crystals"), _table(upstream, "peaks")
     rows, peak_rows = _rows_by_frame(crystals, chunk.frame_index), _rows_by_frame(peaks, chunk.frame_index)
     hkl = cell.hkl_within(1 / params.d_min if params.d_min else _largest_q(geometry))
-    rings = _with_saturation(params, IntegrationParams, chunk)
+    rings = _kernel_params(params, IntegrationParams, chunk)
 
     def one(position: int) -> list[_Integrated]:
         found = [_read_crystal(row, cell) for row in crystals.slice(*rows[position]).to_pylist()]
         if not found:
             return []
-        q = _scattering_vectors(geometry, peaks.slice(*peak_rows[position]))
+        q = _scattering_vectors(chunk.detector_geometry, peaks.slice(*peak_rows[position]))
         radii = [profile_radius(crystal, q, geometry.wavelength) for crystal in found]
         predicted = [predict_spots(c, geometry, r, hkl) for c, r in zip(found, radii, strict=True)]
         frame = chunk.data(position)
         return [
             _Integrated(
-                integrate_spots(frame, chunk.mask, mine, geometry, rings, _others(predicted, number)),
+                _integrate(frame, chunk, mine, rings, _others(predicted, number)),
                 radii[number],
                 crystal_resolution(found[number], q, geometry.wavelength),
             )
@@ -242,6 +254,17 @@ class _Integrated:
     integration: Integration
     radius: float
     resolution: float
+
+
+def _integrate(
+    frame: np.ndarray,
+    chunk: ChunkFrames,
+    predicted: np.ndarray,
+    rings: IntegrationParams,
+    neighbours: np.ndarray | None,
+) -> Integration:
+    found = integrate_spots(frame, chunk.mask, predicted, chunk.geometry, rings, neighbours)
+    return replace(found, reflections=_in_detector_px(found.reflections, chunk))
 
 
 def _others(predicted: list[np.ndarray], number: int) -> np.ndarray | None:
@@ -344,15 +367,25 @@ def _rows_by_frame(table: pa.Table, frame_index: np.ndarray) -> list[tuple[int, 
     return [(int(a), int(b - a)) for a, b in zip(start, stop, strict=True)]
 
 
-def _with_saturation(params: Any, kind: type[P], chunk: ChunkFrames) -> P:
-    """The kernel's parameters, with the detector's saturation value unless the recipe gives another.
+def _kernel_params(params: Any, kind: type[P], chunk: ChunkFrames) -> P:
+    """The kernel's parameters for frames as the step sees them.
 
-    Binned frames need none: binning has marked what was saturated.
+    The detector's saturation value holds unless the recipe gives another. Binned frames need
+    none, since binning has marked what was saturated, and their lengths in px are scaled.
     """
-    values = {field.name: getattr(params, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    values = {field.name: getattr(params, field.name) for field in fields(kind)}
     if values["saturation"] is None and chunk.binning == 1 and chunk.saturation_value is not None:
         values["saturation"] = float(chunk.saturation_value)
-    return kind(**values)
+    kernel_params = kind(**values)
+    return kernel_params.for_binning(chunk.binning) if chunk.binning > 1 else kernel_params
+
+
+def _in_detector_px(table: np.ndarray, chunk: ChunkFrames) -> np.ndarray:
+    """Positions found on binned frames as positions on the detector's own."""
+    if chunk.binning > 1:
+        table["x"] *= chunk.binning
+        table["y"] *= chunk.binning
+    return table
 
 
 def _integration_tables(frame_index: np.ndarray, results: list[list[_Integrated]]) -> Tables:

@@ -204,6 +204,18 @@ def test_binned_frames_can_feed_the_search(simulated_run, recipe, tmp_path):
     assert comparison.found_hits >= 0.8 * comparison.true_hits
     assert comparison.correct >= 0.8 * summary["hits"]
     assert comparison.wrong == 0
+    # Positions are the detector's own pixels, whatever the search worked on.
+    with_full_frames = simulated_run.copy_to(tmp_path / "full")
+    run_processing(request(with_full_frames, recipe))
+    full, binned = (Processing(f, "p1").reflections for f in (with_full_frames, folder))
+    places = {(r["frame_index"], r["h"], r["k"], r["l"]): (r["x"], r["y"]) for r in full.to_pylist()}
+    both = [(places[key], (r["x"], r["y"])) for r in binned.to_pylist() if (key := _spot(r)) in places]
+    assert len(both) > 50
+    assert np.median([np.hypot(a[0] - b[0], a[1] - b[1]) for a, b in both]) < 1.0
+
+
+def _spot(row) -> tuple:
+    return row["frame_index"], row["h"], row["k"], row["l"]
 
 
 BAD_RECIPES = [

@@ -21,10 +21,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage.catalog import Catalog
 from storage.codec import check_blob
-from storage.errors import BadFrame, BadName, IndexConflict
+from storage.errors import BadFrame, BadName, IndexConflict, NearlineError
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest, meta_bytes
 from storage.models import RunHeader, RunState, StreamHeader
-from storage.names import check_name, run_key
+from storage.names import check_name, check_run, run_key
 from storage.run_folder import ChunkCommit, RunFolder, StreamOwned, find_runs
 from storage.states import FrameState, StreamLedger
 from storage.stream_store import Admission, StreamStore
@@ -36,6 +36,7 @@ log = logging.getLogger("nearline.recorder")
 
 StreamKey = tuple[str, int, str]
 Outcomes = Callable[[list[str]], None]
+Ended = Callable[[NearlineError | None], None]
 _SYNC_INTERVAL_S = 0.1
 _RETRY_FULL_DISK_S = 0.5
 _TICK_S = 0.25
@@ -67,6 +68,8 @@ class LiveStream:
     gap_since: float | None = None
     n_whole_chunks: int = 0
     unfinished: tuple[int, str | None] | None = None
+    # Told when the stream has ended, or why it never will.
+    on_end: list[Ended] = field(default_factory=list)
     # Frames up to here have been taken, though some may still be queued.
     submitted: int = 0
     # The stream has ended and so, with its last stream, has the run: readers see both at once.
@@ -155,7 +158,7 @@ class Recorder:
         """A new run; without a number, the next free one of the experiment."""
         check_name(experiment, "experiment")
         with self._lock:
-            number = self._next_run(experiment) if run is None else run
+            number = self._next_run(experiment) if run is None else check_run(run)
             header = RunHeader(
                 experiment=experiment,
                 run=number,
@@ -276,9 +279,11 @@ class Recorder:
         announced: int = 0,
         *,
         aborted: str | None = None,
-        done: Callable[[], None] | None = None,
+        done: Ended | None = None,
     ) -> None:
         """End a stream after everything queued before; ``aborted`` says why when it was not a regular end.
+
+        ``done`` is called from the writer thread once it has ended, or with the error why it cannot.
 
         Raises
         ------
@@ -291,9 +296,9 @@ class Recorder:
             )
 
         def command() -> None:
-            self._finish(stream, announced, aborted)
             if done:
-                done()
+                stream.on_end.append(done)
+            self._finish(stream, announced, aborted)
 
         self._submit_command(command)
 
@@ -401,6 +406,7 @@ class Recorder:
         stream.store.close()
         self._streams.pop(stream.key, None)
         self._on_change(stream.key)
+        self._tell_end(stream, error)
 
     def _sealed(self, stream: LiveStream, commits: list[ChunkCommit]) -> None:
         if commits:
@@ -412,7 +418,7 @@ class Recorder:
         """Bring the index up to date; it can be rebuilt at any time, so its failure stops nothing."""
         try:
             self.catalog.record(folder, announced)
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OSError, ValueError) as error:
             log.error("the catalog is behind (`nearline catalog rebuild` restores it): %s", error)
 
     def _tick(self) -> None:
@@ -440,6 +446,7 @@ class Recorder:
 
     def _finish(self, stream: LiveStream, announced: int, aborted: str | None) -> None:
         if stream.is_ended:
+            self._tell_end(stream, None)
             return
         try:
             commits = [] if stream.store.is_finished else stream.store.finish(announced, stream.cause_of_gaps)
@@ -458,7 +465,14 @@ class Recorder:
         stream.store.close()
         self._record_in_catalog(stream.folder)
         self._on_change(stream.key)
+        self._tell_end(stream, None)
         self._forget_old()
+
+    @staticmethod
+    def _tell_end(stream: LiveStream, error: NearlineError | None) -> None:
+        for done in stream.on_end:
+            done(error)
+        stream.on_end.clear()
 
     def _finish_run_if_done(self, stream: LiveStream, aborted: str | None) -> None:
         folder = stream.folder

@@ -174,6 +174,12 @@ class Server(threading.Thread):
                 self._inbox.changed.add(key)
                 self._inbox.wake()
 
+    def discard(self) -> None:
+        """Close a server that was never started."""
+        self._socket.close()
+        self._groups_log.close()
+        self._inbox.close()
+
     def stop(self) -> None:
         """Give everyone who waits the last word, then close."""
         with self._inbox.lock:
@@ -592,9 +598,13 @@ class Server(threading.Thread):
 
     def _finish_stream(self, p: _Parked) -> Answer:
         stream = self._writable(p.request.stream)
-        reply = wire.Done(id=p.request.id)
-        identity = p.identity
-        self._recorder.finish_stream(stream, p.request.announced, done=lambda: self._answer_later(identity, reply))
+        identity, request_id = p.identity, p.request.id
+
+        def done(error: NearlineError | None) -> None:
+            answer = wire.Done(id=request_id) if error is None else _failure(request_id, error)[0]
+            self._answer_later(identity, answer)
+
+        self._recorder.finish_stream(stream, p.request.announced, done=done)
         return _LATER
 
     def _writable(self, ref: wire.StreamRef) -> LiveStream:

@@ -80,7 +80,12 @@ class Service:
         return self._server.address
 
     def __enter__(self) -> "Service":
-        self.recorder.start()
+        try:
+            self.recorder.start()
+        except BaseException:
+            self._server.discard()
+            self._catalog.close()
+            raise
         self._server.start()
         for connector in self._connectors:
             connector.start()

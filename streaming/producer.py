@@ -109,10 +109,10 @@ class RunProducer:
         frames = [(index, np.asarray(f) if isinstance(f, _SCALARS) else f, meta) for index, f, meta in frames]
         if self._header is None:
             self._start_from(frames[0][1])
-        infos, blobs = [], []
+        infos, blobs, following = [], [], self._next
         for frame_index, frame, meta in frames:
-            index = self._next if frame_index is None else frame_index
-            self._next = max(self._next, index + 1)
+            index = following if frame_index is None else frame_index
+            following = max(following, index + 1)
             blob = self._blob_of(frame)
             infos.append(
                 FrameInfo(
@@ -125,6 +125,8 @@ class RunProducer:
             )
             blobs.append(blob)
         reply = self._put(infos, blobs)
+        # Only now: a frame that was refused leaves no gap behind.
+        self._next = following
         for info, outcome in zip(infos, reply.outcomes, strict=True):
             if outcome in _REFUSALS:
                 kind, why = _REFUSALS[outcome]

@@ -1,0 +1,94 @@
+"""Reading frames of a finished run, from the page cache to pixels."""
+
+import os
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from benchmarks.frames import SOURCE, FrameSet, Options, WorkFolder, stored_run
+from benchmarks.measure import Figure, clock, figure, interleave, rates
+from storage.codec import decode, decode_into
+from storage.run_folder import RunFolder
+from storage.stream_source import FolderSource
+from streaming.retrieval import open_run
+
+__all__ = ["measure"]
+
+
+def measure(options: Options) -> list[Figure]:
+    frames, n = FrameSet.make(options.size, 32), options.choose(20, 100)
+    with WorkFolder(options, "read") as root:
+        folder = stored_run(root, frames, 1, n, 50)
+        source, stream = FolderSource(folder, SOURCE), open_run(folder.path)[SOURCE]
+        array: Any = zarr.open_array(folder.stream(SOURCE).array, mode="r")
+        out, places = np.empty(frames.shape, frames.dtype), _places(folder, n)
+        descriptors = {path: os.open(path, os.O_RDONLY) for path, _, _ in places}
+
+        def bare(index: int) -> None:
+            path, offset, length = places[index]
+            decode_into(os.pread(descriptors[path], length, offset), out, trusted=True)
+
+        def own_new(index: int) -> None:
+            decode(source.read_one(index).blob, frames.shape, frames.dtype)
+
+        def own_into(index: int) -> None:
+            decode_into(source.read_one(index).blob, out)
+
+        def trusted(index: int) -> None:
+            decode_into(source.read_one(index).blob, out, trusted=True)
+
+        def one_of_each(index: int) -> None:
+            np.testing.assert_array_equal(array[index], frames.pixels(index))
+            own_into(index)
+            np.testing.assert_array_equal(out, frames.pixels(index))
+
+        one_of_each(n - 1)
+        per_round = options.choose(5, 10)
+        readers: dict[str, Callable[[int], object]] = {
+            "bare": bare,
+            "new": own_new,
+            "into": own_into,
+            "trusted": trusted,
+            "stream": lambda index: stream[index].data,
+            "zarr": lambda index: array[index],
+        }
+        t = interleave(
+            {name: clock(_next_frame(read, n), per_round) for name, read in readers.items()},
+            options.choose(3, 15),
+        )
+        for fd in descriptors.values():
+            os.close(fd)
+    frames_per_second = {name: rates(1, seconds) for name, seconds in t.items()}
+    words = {
+        "trusted": "read_one, decode into a reused buffer, crc32c only",
+        "into": "read_one, decode into a reused buffer, crc32c and block walk",
+        "new": "read_one, decode into a new array",
+        "stream": 'nearline.open(…)["eiger"][i].data',
+    }
+    figures = []
+    for peer, name in (("bare", "pread + decode, no checks"), ("zarr", 'zarr.open(…)["data"][i]')):
+        for key, text in words.items():
+            limit = (name, frames_per_second[peer])
+            figures.append(figure(text, "frames/s", frames_per_second[key], limit, higher_is_better=True))
+    return figures
+
+
+def _next_frame(read: Callable[[int], object], n: int) -> Callable[[], object]:
+    """A call that reads the next frame each time, around and around the run."""
+    numbers = count()
+    return lambda: read(next(numbers) % n)
+
+
+def _places(folder: RunFolder, n: int) -> list[tuple[Path, int, int]]:
+    """Shard, offset and length without the crc32c of each frame, from the shards' own index."""
+    paths, header = folder.stream(SOURCE), folder.stream_header(SOURCE)
+    size, found = header.frames_per_chunk, []
+    for chunk in range(-(-n // size)):
+        path = paths.shard(chunk, len(header.shape))
+        rows = np.frombuffer(path.read_bytes()[-(16 * size + 4) : -4], "<u8").reshape(size, 2)
+        found += [(path, int(at), int(length) - 4) for at, length in rows[: min(size, n - chunk * size)]]
+    return found

@@ -134,14 +134,13 @@ class Rig(AbstractContextManager["Rig"]):
         return answer
 
     def _stream(self, name: str) -> Stream:
-        """The stream as soon as its start message has made a run of it, and its writer has claimed it."""
+        """The stream as soon as its start message has made a run of it."""
         found: list[Stream] = []
 
         def is_there() -> bool:
             with suppress(RunNotFound, StreamNotFound):
                 found[:] = [open_run(name, service=self.service)[SOURCE]]
-            # Between a stream's header and its claim it reads as ended, and following it would end at once.
-            return bool(found) and found[0].is_live
+            return bool(found)
 
         self._wait_until(is_there)
         return found[0]

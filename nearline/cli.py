@@ -294,6 +294,23 @@ def ledger(
         raise typer.Exit(2)
 
 
+catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every fact in it is in the run folders.")
+app.add_typer(catalog_app, name="catalog")
+
+
+@catalog_app.command("rebuild")
+def rebuild_catalog(
+    root: Root = Path("nearline-data"),
+    catalog: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; default SQLite in ROOT.")] = None,
+) -> None:
+    """Make the catalog anew from the run folders."""
+    from storage.catalog import Catalog, default_url
+
+    index = Catalog(catalog or default_url(root))
+    console.print(f"{index.rebuild(root.absolute())} runs in the catalog of {root}")
+    index.close()
+
+
 @app.command()
 def status(service: Service = None, as_json: AsJson = False) -> None:
     """Show the condition of a running service."""

@@ -21,13 +21,12 @@ from typing import Literal, Self
 
 import numpy as np
 
-from storage.errors import BadFrame, NearlineError, ShapeMismatch, StorageFull
+from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
 from storage.geometry import Geometry, Panel, energy_from_wavelength
 from storage.models import StreamHeader
 
 __all__ = [
     "CrystfelStreamWriter",
-    "OutputExists",
     "StreamCrystal",
     "StreamFrame",
     "StreamPeaks",
@@ -49,10 +48,6 @@ _CENTERINGS = "PABCIFRH"
 _AUDIT_BYTES, _AUDIT_LINE_BYTES = 4000, 1022
 _INT32_MAX = 2**31 - 1
 _KEY_VALUE = re.compile(r"([^=:]*?)\s*(?::| =)\s?(.*?)\s*$")
-
-
-class OutputExists(NearlineError, FileExistsError):
-    """A file that would have to be overwritten; nothing was touched."""
 
 
 @dataclass(frozen=True, slots=True)

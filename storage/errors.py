@@ -5,6 +5,7 @@ Every message carries the offending value and ends with what to do next.
 
 __all__ = [
     "BadFrame",
+    "BadMessage",
     "BadName",
     "BadRecipe",
     "BufferFull",
@@ -15,13 +16,17 @@ __all__ = [
     "GroupNeedsService",
     "IndexConflict",
     "NearlineError",
+    "OutputExists",
+    "ProcessingBusy",
     "ProtocolError",
     "RunNotFound",
     "ServiceUnavailable",
     "ShapeMismatch",
+    "SourceBusy",
     "StaleLease",
     "StorageFull",
     "StreamNotFound",
+    "StreamOwned",
 ]
 
 
@@ -81,6 +86,10 @@ class ProtocolError(NearlineError, ValueError):
     """A message that does not follow the wire protocol."""
 
 
+class BadMessage(ProtocolError):
+    """A detector's message that cannot be understood; it is counted and left out."""
+
+
 class BufferFull(NearlineError):
     """The memory buffer is full and the storage behind it does not keep up."""
 
@@ -95,3 +104,19 @@ class StaleLease(NearlineError):
 
 class StorageFull(NearlineError, OSError):
     """The disk refused a write; nothing that was acknowledged as stored is affected."""
+
+
+class StreamOwned(NearlineError):
+    """Another live process holds this stream for writing."""
+
+
+class ProcessingBusy(NearlineError):
+    """Another process works on this processing; the message says which one."""
+
+
+class SourceBusy(NearlineError, OSError):
+    """A port that something else is using already, or that may not be used."""
+
+
+class OutputExists(NearlineError, FileExistsError):
+    """A file that would have to be replaced; say so to replace it."""

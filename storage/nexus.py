@@ -35,8 +35,7 @@ import hdf5plugin
 import numpy as np
 
 from storage.codec import Buffer, check_blob
-from storage.crystfel import OutputExists
-from storage.errors import BadFrame, IndexConflict, ShapeMismatch, StorageFull
+from storage.errors import BadFrame, IndexConflict, OutputExists, ShapeMismatch, StorageFull
 from storage.geometry import Geometry, Panel, energy_from_wavelength
 from storage.models import DetectorHeader, RunHeader, StreamHeader
 

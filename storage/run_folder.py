@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from storage.errors import NearlineError, RunNotFound, StreamNotFound
+from storage.errors import RunNotFound, StreamNotFound, StreamOwned
 from storage.files import publish
 from storage.models import Model, RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run
@@ -26,7 +26,6 @@ __all__ = [
     "ChunkCommit",
     "Event",
     "RunFolder",
-    "StreamOwned",
     "StreamPaths",
     "claim_stream",
     "find_runs",
@@ -39,10 +38,6 @@ log = logging.getLogger("nearline.storage")
 _STREAM_SUFFIX = ".stream.json"
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE_S = 0.01
-
-
-class StreamOwned(NearlineError):
-    """Another live process holds this stream for writing."""
 
 
 class Event(Model):

@@ -18,19 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from storage.errors import BadRecipe, NearlineError, RunNotFound
+from storage.errors import BadRecipe, ProcessingBusy, RunNotFound
 from storage.files import publish, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Model
 from storage.names import check_name
 
-__all__ = ["ChunkManifest", "Manifest", "Processing", "ProcessingBusy", "StepStore", "Tables", "find_processings"]
+__all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
 
 Tables = dict[str, pa.Table]
-
-
-class ProcessingBusy(NearlineError):
-    """Another process works on this processing; the message says which one."""
 
 
 class StepStore:

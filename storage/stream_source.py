@@ -263,7 +263,8 @@ class FolderSource:
 
 def state_of(folder: RunFolder) -> RunState:
     """A run's state as its folder tells it: a run that nobody writes any more and that never ended is aborted."""
-    state = folder.state
-    if state is RunState.live and not any(has_writer(folder.stream(name)) for name in folder.data_sources()):
+    state, names = folder.state, folder.data_sources()
+    # A run without a stream has just begun: its first stream is on its way.
+    if state is RunState.live and names and not any(has_writer(folder.stream(name)) for name in names):
         return RunState.aborted
     return state

@@ -18,14 +18,14 @@ import blake3
 import numpy as np
 
 from storage.codec import Buffer
-from storage.errors import BadFrame, FrameMissing, FrameNotYetAvailable, IndexConflict
+from storage.errors import BadFrame, FrameMissing, FrameNotYetAvailable, IndexConflict, StreamOwned
 from storage.files import publish, publish_file, replace, sync_folder
 from storage.frame import FrameInfo, RawFrame, content_digest
 from storage.frame_table import frame_table, read_frame_table, table_bytes
 from storage.journal import Journal
 from storage.masks import write_plane
 from storage.models import StreamHeader
-from storage.run_folder import ChunkCommit, RunFolder, StreamOwned, StreamPaths, claim_stream, latest_epoch
+from storage.run_folder import ChunkCommit, RunFolder, StreamPaths, claim_stream, latest_epoch
 from storage.shard import ShardReader
 from storage.states import FrameState, IndexStates, StreamLedger
 from storage.zarr_layout import write_array_metadata, write_group
@@ -96,6 +96,7 @@ class StreamStore:
         self.states = IndexStates()
         self.duplicate = self.late = 0
         self.is_finished = False
+        self.aborted: str | None = None
         self.sealed: dict[int, ChunkCommit] = {}
         self._first_open = 0
         self._journals: dict[int, Journal] = {}
@@ -112,8 +113,13 @@ class StreamStore:
         flatfield: np.ndarray | None = None,
     ) -> "StreamStore":
         """Begin a stream: its header, Zarr group and masks, ready for the first frame."""
-        folder.add_stream(header)
+        # Claimed before the header can be seen: a stream without a writer reads as ended.
         store = cls(folder, header)
+        try:
+            folder.add_stream(header)
+        except BaseException:
+            store.close()
+            raise
         store._make_folders()
         for name, plane in (("pixel_mask", pixel_mask), ("flatfield", flatfield)):
             if plane is not None:
@@ -136,6 +142,7 @@ class StreamStore:
         if finished:
             store.states.announce(finished["announced"])
             store.duplicate, store.late = finished["duplicate"], finished["late"]
+            store.aborted = finished.get("aborted")
             store._seal_all("unknown")
             store.is_finished = True
         else:
@@ -205,8 +212,12 @@ class StreamStore:
             self._publish_length()
         return done
 
-    def finish(self, announced: int, cause: str) -> list[ChunkCommit]:
-        """End the stream: what is still pending is missing with this cause; seal the rest."""
+    def finish(self, announced: int, cause: str, aborted: str | None = None) -> list[ChunkCommit]:
+        """End the stream: what is still pending is missing with this cause; seal the rest.
+
+        ``aborted`` says why, when the source did not end the stream itself.
+        """
+        self.aborted = aborted
         self.states.announce(announced)
         done = self._seal_all(cause)
         self._publish_length()
@@ -217,6 +228,7 @@ class StreamStore:
                 "announced": self.states.announced,
                 "duplicate": self.duplicate,
                 "late": self.late,
+                "aborted": aborted,
             },
         )
         # Last: on a full disk the end is tried again from the top.

@@ -19,6 +19,9 @@ __all__ = ["Client", "Connection", "is_reachable"]
 _CONNECT_S = 5.0
 _EXTRA_S = 30.0
 _POLL_MS = 200
+# A silent service is looked for this often, and waited for so long when it is gone: a restart takes a few seconds.
+_LOOK_S = 1.0
+_PATIENCE_S = 10.0
 
 
 class Connection:
@@ -53,15 +56,10 @@ class Connection:
         ------
         The service's own error for this request, or ServiceUnavailable.
         """
-        self._last_id += 1
-        request.id, request.received_bytes = self._last_id, self._received_bytes
-        try:
-            self._socket.send_multipart([wire.encode(request), *(payload or [])], zmq.NOBLOCK, copy=not payload)
-        except zmq.Again:
-            raise self._unavailable() from None
+        self._send(request, payload)
         wait = getattr(request, "timeout_s", 0.0) + _EXTRA_S if timeout is None else timeout
         while True:
-            reply, parts = self._receive(wait)
+            reply, parts = self._receive(wait, request, payload)
             # A request that could not even be read is answered without its number.
             if reply.id in (self._last_id, 0):
                 break
@@ -87,14 +85,44 @@ class Connection:
         if hasattr(self, "_socket"):
             self._socket.close()
 
-    def _receive(self, wait: float) -> tuple[Any, list[zmq.Frame]]:
-        deadline = time.monotonic() + wait
+    def _send(self, request: Any, payload: list[Any] | None) -> None:
+        self._last_id += 1
+        request.id, request.received_bytes = self._last_id, self._received_bytes
+        try:
+            self._socket.send_multipart([wire.encode(request), *(payload or [])], zmq.NOBLOCK, copy=not payload)
+        except zmq.Again:
+            raise self._unavailable() from None
+
+    def _receive(self, wait: float, request: Any, payload: list[Any] | None) -> tuple[Any, list[zmq.Frame]]:
+        """The next reply; a service that was restarted meanwhile is asked again."""
+        deadline, look_at, gone_since = time.monotonic() + wait, time.monotonic() + _LOOK_S, None
         while not self._socket.poll(_POLL_MS):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise self._unavailable()
+            if now < look_at:
+                continue
+            look_at = now + _LOOK_S
+            if not is_reachable(self.address):
+                gone_since = gone_since or now
+                if now - gone_since > _PATIENCE_S:
+                    raise self._unavailable()
+            elif gone_since is not None:
+                gone_since = None
+                self._ask_again(request, payload)
         header, *parts = self._socket.recv_multipart(copy=False)
         self._received_bytes += len(header) + sum(len(part) for part in parts)
         return wire.decode_reply(header.buffer), parts
+
+    def _ask_again(self, request: Any, payload: list[Any] | None) -> None:
+        """Repeat a request to a service that knows nothing of it; frames put twice are recognised there."""
+        if isinstance(request, wire.StartRun):
+            raise ServiceUnavailable(
+                f"the service at {self.address} was restarted while a run was being started; "
+                "look with `nearline runs` whether it exists, then start it again or another"
+            )
+        self._send(wire.Hello(id=0, protocol=wire.PROTOCOL), None)
+        self._send(request, payload)
 
     def _unavailable(self) -> ServiceUnavailable:
         return ServiceUnavailable(

@@ -144,16 +144,24 @@ class RunProducer:
                 continue
             return reply
 
-    def finish(self, announced: int = 0) -> None:
-        """End the stream; ``announced`` names the number of frames when the last ones were never sent."""
-        if self._header is not None:
-            self._connection.ask(wire.FinishStream(id=0, stream=self._ref, announced=max(announced, self._next)))
+    def finish(self, announced: int = 0, *, aborted: str | None = None) -> None:
+        """End the stream.
+
+        Parameters
+        ----------
+        announced : number of frames, when the last ones were never sent.
+        aborted : why, when this is not a regular end; the run is then *aborted*.
+        """
+        if self._header is None:
+            self._start_from(None)  # nothing was sent: a run with an empty table, not one that never ends
+        stop = max(announced, self._next)
+        self._connection.ask(wire.FinishStream(id=0, stream=self._ref, announced=stop, aborted=aborted))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        self.finish()
+        self.finish(aborted=f"the producer ended with {kind.__name__}" if kind else None)
 
     @property
     def _ref(self) -> wire.StreamRef:

@@ -21,11 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage.catalog import Catalog
 from storage.codec import check_blob
-from storage.errors import BadFrame, BadName, IndexConflict, NearlineError
+from storage.errors import BadFrame, BadName, IndexConflict, NearlineError, StreamOwned
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest, meta_bytes
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run, run_key
-from storage.run_folder import ChunkCommit, RunFolder, StreamOwned, find_runs
+from storage.run_folder import ChunkCommit, RunFolder, find_runs
 from storage.states import FrameState, StreamLedger
 from storage.stream_store import Admission, StreamStore
 from streaming.buffer import FrameBuffer
@@ -53,6 +53,8 @@ _ROW_BYTES = 1024
 # The disk refuses for now; what was queued waits. Anything else concerns one file and is not waited for.
 _WAIT_AND_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 _DERIVED_IDLE_S = 3600.0
+_NOT_RECEIVED = "not received"
+_LOST_WHILE_DOWN = "lost while the service was down"
 # Finished streams that stay open for readers; older ones are read from their folder again.
 _KEEP_FINISHED = 16
 
@@ -63,15 +65,19 @@ class LiveStream:
 
     store: StreamStore
     folder: RunFolder
-    cause_of_gaps: str = "not received"
     last_activity: float = field(default_factory=time.monotonic)
+    # Some index below ``gap_stop`` has been awaited since then.
     gap_since: float | None = None
+    gap_stop: int = 0
+    # Frames below this one that never came were lost while no service ran; None: not known yet.
+    lost_until: int | None = 0
     n_whole_chunks: int = 0
     unfinished: tuple[int, str | None] | None = None
     # Told when the stream has ended, or why it never will.
     on_end: list[Ended] = field(default_factory=list)
     # Frames up to here have been taken, though some may still be queued.
     submitted: int = 0
+    is_draining: bool = False
     # The stream has ended and so, with its last stream, has the run: readers see both at once.
     is_ended: bool = False
 
@@ -207,6 +213,13 @@ class Recorder:
                 found.append(stream)
         return found
 
+    def state_of(self, folder: RunFolder) -> RunState:
+        """A run's state; draining once its last frames are taken and not all of them sealed."""
+        state = folder.state
+        mine = [s for s in list(self._streams.values()) if s.folder.path == folder.path and s.header.parent is None]
+        is_draining = not state.is_terminal and mine and all(s.is_draining for s in mine)
+        return RunState.draining if is_draining else state
+
     def streams(self) -> list[LiveStream]:
         """All streams this service has open."""
         return list(self._streams.values())
@@ -295,6 +308,8 @@ class Recorder:
                 f"{stream.store.states.announced} so far and {stream.header.planned or 'no number'} planned"
             )
 
+        stream.is_draining = True
+
         def command() -> None:
             if done:
                 stream.on_end.append(done)
@@ -333,6 +348,8 @@ class Recorder:
                 self.buffer.release(frame.cost_bytes)
             outcomes.append(outcome)
         stream.last_activity = time.monotonic()
+        if stream.lost_until is None and frames:
+            stream.lost_until = frames[0].info.frame_index
         if done:
             done(outcomes)
         self._advance(stream)
@@ -375,30 +392,30 @@ class Recorder:
         self.is_disk_full = True
 
     def _advance(self, stream: LiveStream) -> None:
-        """Seal what is complete and tell the readers."""
+        """Tell the readers, then seal what is complete: no reader waits for a disk to sync."""
         store = stream.store
-        is_new_chunk = store.states.announced // store.header.frames_per_chunk > stream.n_whole_chunks
-        if is_new_chunk or stream.gap_since is not None:
-            self._seal_complete(stream)
-        has_gap = store.states.watermark < store.states.announced
-        stream.gap_since = (stream.gap_since or time.monotonic()) if has_gap else None
         self._on_change(stream.key)
+        is_new_chunk = store.states.announced // store.header.frames_per_chunk > stream.n_whole_chunks
+        if (is_new_chunk or stream.gap_since is not None) and self._seal_complete(stream):
+            self._on_change(stream.key)
+        _watch_gap(stream)
 
-    def _seal_complete(self, stream: LiveStream) -> None:
+    def _seal_complete(self, stream: LiveStream) -> bool:
         """Seal some of the chunks that are complete; what is left over comes with the next frame or tick."""
         store = stream.store
         try:
             commits = store.seal_complete(_SEAL_AT_ONCE)
         except StreamOwned as error:
             self._give_up(stream, error)
-            return
+            return False
         except OSError as error:
             # The journal holds everything stored; the seal is tried again.
             self._disk_refuses(error)
-            return
+            return False
         if len(commits) < _SEAL_AT_ONCE:
             stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
         self._sealed(stream, commits)
+        return bool(commits)
 
     def _give_up(self, stream: LiveStream, error: StreamOwned) -> None:
         """Another service owns the stream now: leave its files alone."""
@@ -431,8 +448,9 @@ class Recorder:
                 self._finish(stream, *stream.unfinished)
                 continue
             if stream.gap_since is not None and now - stream.gap_since > self._gap_timeout_s:
-                stream.store.account(0, stream.store.states.announced, FrameState.missing, stream.cause_of_gaps)
+                _declare_missing(stream, stream.gap_stop)
                 stream.gap_since, stream.n_whole_chunks = None, 0
+                _watch_gap(stream)
                 self._on_change(stream.key)
             if stream.store.states.announced // stream.header.frames_per_chunk > stream.n_whole_chunks:
                 self._seal_complete(stream)
@@ -449,9 +467,12 @@ class Recorder:
             self._tell_end(stream, None)
             return
         try:
-            commits = [] if stream.store.is_finished else stream.store.finish(announced, stream.cause_of_gaps)
+            commits = []
+            if not stream.store.is_finished:
+                _declare_missing(stream, max(announced, stream.store.states.announced))
+                commits = stream.store.finish(announced, _NOT_RECEIVED, aborted)
             if stream.header.parent is None:
-                self._finish_run_if_done(stream, aborted)
+                self._finish_run_if_done(stream)
         except StreamOwned as error:
             self._give_up(stream, error)
             return
@@ -474,12 +495,13 @@ class Recorder:
             done(error)
         stream.on_end.clear()
 
-    def _finish_run_if_done(self, stream: LiveStream, aborted: str | None) -> None:
+    def _finish_run_if_done(self, stream: LiveStream) -> None:
         folder = stream.folder
         mine = [s for s in self._streams.values() if s.folder.path == folder.path and s.header.parent is None]
         if folder.state.is_terminal or not all(s.store.is_finished for s in mine):
             return
         ledgers = [s.ledger() for s in mine]
+        aborted = next((s.store.aborted for s in mine if s.store.aborted), None)
         state = _final_state(ledgers, aborted)
         payload = {"state": state.value, "cause": aborted, "ledgers": [_summary(x) for x in ledgers]}
         folder.add_event("run_finished", payload)
@@ -510,7 +532,7 @@ class Recorder:
         streams, names = [], folder.data_sources()
         for name in names:
             try:
-                stream = LiveStream(StreamStore.recover(folder, name), folder, "lost while the service was down")
+                stream = LiveStream(StreamStore.recover(folder, name), folder, lost_until=None)
             except Exception:
                 # One damaged run, or one that another service writes, must not keep this one from starting.
                 log.exception("could not take over %s in %s; it is left as it is", name, folder.path)
@@ -521,7 +543,7 @@ class Recorder:
             log.info("took over %s with %d frames stored", stream.key, stream.store.ledger().stored)
         primary = [s for s in streams if s.header.parent is None]
         if primary and all(s.store.is_finished for s in primary) and len(streams) == len(names):
-            self._finish_run_if_done(primary[0], None)
+            self._finish_run_if_done(primary[0])
         elif not names:
             folder.add_event("run_finished", {"state": RunState.aborted.value, "cause": "no stream was started"})
         self._record_in_catalog(folder)
@@ -533,12 +555,27 @@ class Recorder:
         stream.is_ended = store.is_finished
         if not store.is_finished:
             stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
-            has_gap = store.states.watermark < store.states.announced
-            stream.gap_since = time.monotonic() if has_gap else None
+            _watch_gap(stream)
 
     def _next_run(self, experiment: str) -> int:
         taken = [int(p.name) for p in (self.root / experiment).glob("[0-9]*") if p.name.isdecimal()]
         return max(taken, default=0) + 1
+
+
+def _watch_gap(stream: LiveStream) -> None:
+    """Remember since when an index has been awaited; those that come behind it get their own time."""
+    states = stream.store.states
+    if states.watermark >= states.announced:
+        stream.gap_since = None
+    elif stream.gap_since is None or states.watermark >= stream.gap_stop:
+        stream.gap_since, stream.gap_stop = time.monotonic(), states.announced
+
+
+def _declare_missing(stream: LiveStream, stop: int) -> None:
+    """What has not come below ``stop`` will not come; with the cause, as far as it is known."""
+    lost_until = stop if stream.lost_until is None else min(stream.lost_until, stop)
+    stream.store.account(0, lost_until, FrameState.missing, _LOST_WHILE_DOWN)
+    stream.store.account(lost_until, stop, FrameState.missing, _NOT_RECEIVED)
 
 
 def _final_state(ledgers: list[StreamLedger], aborted: str | None) -> RunState:

@@ -335,7 +335,8 @@ class Run:
         streams = self._describe(self.header.experiment, self.header.run)["streams"]
         primary = [n for n, h in streams.items() if h["kind"] == "frames" and h["parent"] is None and "." not in n]
         if len(primary) != 1:
-            raise StreamNotFound(f"run {self.name} has {len(primary)} detectors; name one of {sorted(streams)}")
+            have = ", ".join(sorted(streams)) or "no data sources yet"
+            raise StreamNotFound(f"run {self.name} has {len(primary)} detectors; name a data source of: {have}")
         return self[primary[0]]
 
     def ledger(self) -> dict[str, StreamLedger]:
@@ -377,7 +378,8 @@ class Run:
         }
 
     def __repr__(self) -> str:
-        return f"<Run {self.name}, {self.state}: {', '.join(self.data_sources) or 'no data sources yet'}>"
+        # Asks nobody: a repr must not wait for a service.
+        return f"<Run {self.name} {'through ' + self._client.address if self._client else 'in ' + str(self.folder)}>"
 
 
 def open_run(target: str | Path, *, service: str | None = None, root: str | Path | None = None) -> Run:
@@ -397,9 +399,10 @@ def open_run(target: str | Path, *, service: str | None = None, root: str | Path
     if text.startswith("tcp://"):
         address, _, key = text.removeprefix("tcp://").partition("/")
         return _through_service(f"tcp://{address}", key)
-    if (Path(target) / "run.json").exists():
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1
+    if (is_path or service is None) and (Path(target) / "run.json").exists():
         return Run("", 0, None, Path(target))
-    if text.startswith((".", "/", "~")):
+    if is_path:
         raise RunNotFound(f"no run in {text} (it has no run.json); give a run folder such as data/lyso-2026/17")
     experiment, number = parse_run_key(text)
     if service is not None:

@@ -21,7 +21,7 @@ import numpy as np
 import zmq
 from pydantic import ValidationError
 
-from storage.errors import BufferFull, CorruptFrame, NearlineError, ProtocolError, RunNotFound
+from storage.errors import BufferFull, CorruptFrame, NearlineError, ProtocolError, RunNotFound, SourceBusy
 from storage.frame import RawFrame, meta_bytes
 from storage.masks import read_plane
 from storage.models import StreamHeader
@@ -31,7 +31,6 @@ from storage.states import FrameState, IndexStates, StreamLedger
 from storage.stream_source import FolderSource, StreamStatus
 from storage.stream_store import missing_frame
 from streaming import wire
-from streaming.errors import SourceBusy
 from streaming.groups import Group, GroupKey, GroupLog
 from streaming.payload import glue_payload, split_payload
 from streaming.recorder import LiveStream, Recorder, StreamKey
@@ -437,7 +436,7 @@ class Server(threading.Thread):
             p.request.id,
             {
                 "header": folder.header.model_dump(mode="json"),
-                "state": folder.state.value,
+                "state": self._recorder.state_of(folder).value,
                 "folder": str(folder.path.absolute()),
                 "streams": {n: folder.stream_header(n).model_dump(mode="json") for n in folder.data_sources()},
             },
@@ -604,7 +603,7 @@ class Server(threading.Thread):
             answer = wire.Done(id=request_id) if error is None else _failure(request_id, error)[0]
             self._answer_later(identity, answer)
 
-        self._recorder.finish_stream(stream, p.request.announced, done=done)
+        self._recorder.finish_stream(stream, p.request.announced, aborted=p.request.aborted, done=done)
         return _LATER
 
     def _writable(self, ref: wire.StreamRef) -> LiveStream:

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import Field
 
 from storage.catalog import Catalog, default_url
+from storage.errors import SourceBusy
 from storage.models import Model
 from storage.names import check_name
 from streaming.connectors.eiger import EigerConnector
-from streaming.errors import SourceBusy
 from streaming.recorder import Recorder, StreamKey
 from streaming.server import Server
 
@@ -57,7 +57,7 @@ class Service:
         settings.root.mkdir(parents=True, exist_ok=True)
         self._catalog = Catalog(settings.catalog_url or default_url(settings.root))
         self.recorder = Recorder(
-            settings.root,
+            settings.root.absolute(),
             self._catalog,
             budget_bytes=settings.buffer_bytes,
             gap_timeout_s=settings.gap_timeout_s,

@@ -196,8 +196,11 @@ class PutFrames(Request):
 
 
 class FinishStream(Request):
+    """The end of a producer's stream; ``aborted`` says why when it is not a regular one."""
+
     stream: StreamRef
     announced: int = 0
+    aborted: str | None = None
 
 
 class Reply(msgspec.Struct, tag=True, kw_only=True):

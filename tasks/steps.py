@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from storage import geometry as geometry_module
 from storage.codec import encode
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
+from storage.masks import array_digest
 from storage.step_store import Tables
 from tasks import bin_frames, chunk_frames, find_peaks, index_frame, unit_cell
 from tasks import integrate_spots as integrate_spots_module
@@ -40,6 +42,7 @@ from tasks.unit_cell import UnitCell
 __all__ = ["STEPS", "BinParams", "FindPeaksParams", "Step", "crystal_matrix", "find_function", "user_step"]
 
 Upstream = Mapping[str, Tables]
+_KEEP_FINDERS = 2
 P = TypeVar("P", PeakParams, IntegrationParams)
 
 
@@ -184,7 +187,7 @@ def run_bin(chunk: ChunkFrames, params: BinParams, cell: UnitCell | None, upstre
 
 def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
     """Peaks of each frame, and whether it is a hit."""
-    finder = PeakFinder(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
+    finder = _finder_for(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
     tables = chunk.map(lambda position: _in_detector_px(finder(chunk.data(position)), chunk))
     n_peaks = np.array([len(t) for t in tables], np.int64)
     peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
@@ -194,6 +197,20 @@ def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell |
         "frames": pa.table({"frame_index": chunk.frame_index, "n_peaks": n_peaks, "hit": n_peaks >= params.min_peaks}),
         "peaks": pa.table(columns),
     }
+
+
+_finders: OrderedDict[tuple[Geometry, str, PeakParams], PeakFinder] = OrderedDict()
+
+
+def _finder_for(geometry: Geometry, mask: np.ndarray, params: PeakParams) -> PeakFinder:
+    """The peak finder for this detector; kept, since preparing one takes as long as 25 frames of 4M."""
+    key = (geometry, array_digest(mask), params)
+    finder = _finders.get(key)
+    if finder is None:
+        finder = _finders[key] = PeakFinder(geometry, mask, params)
+        while len(_finders) > _KEEP_FINDERS:
+            _finders.popitem(last=False)
+    return finder
 
 
 def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, upstream: Upstream) -> Tables:

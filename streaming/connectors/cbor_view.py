@@ -9,7 +9,7 @@ believed before the bytes are there.
 import struct
 from typing import Any, NamedTuple
 
-from streaming.errors import BadMessage
+from storage.errors import BadMessage
 
 __all__ = ["Tag", "decode_view"]
 

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import zmq
 
-from storage.errors import BadFrame, BadName, NearlineError
+from storage.errors import BadFrame, BadMessage, BadName, NearlineError
 from storage.frame import FrameInfo
 from storage.models import StreamHeader
 from storage.names import check_name
 from storage.run_folder import RunFolder
 from streaming.connectors.dectris_stream2 import EndMessage, ImageMessage, StartMessage, parse_message
-from streaming.errors import BadMessage
 from streaming.recorder import LiveStream, Recorder
 
 __all__ = ["EigerConnector", "frames_per_chunk"]

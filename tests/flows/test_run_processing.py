@@ -16,9 +16,9 @@ from nearline.children import free_port
 from nearline.truth import compare_with_truth
 from storage.codec import encode
 from storage.crystfel import read_stream
-from storage.errors import BadRecipe
+from storage.errors import BadRecipe, ProcessingBusy
 from storage.models import StreamHeader
-from storage.step_store import Processing, ProcessingBusy
+from storage.step_store import Processing
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.service import Service, ServiceSettings, SourceSettings

@@ -7,7 +7,6 @@ import pytest
 
 from storage.crystfel import (
     CrystfelStreamWriter,
-    OutputExists,
     StreamCrystal,
     StreamPeaks,
     StreamReflections,
@@ -15,7 +14,7 @@ from storage.crystfel import (
     read_preamble,
     read_stream,
 )
-from storage.errors import BadFrame, ShapeMismatch, StorageFull
+from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
 from storage.geometry import Geometry, Panel
 from storage.models import DetectorHeader, StreamHeader
 

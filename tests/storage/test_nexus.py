@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from storage.codec import encode
-from storage.errors import BadFrame, IndexConflict, ShapeMismatch, StorageFull
+from storage.errors import BadFrame, IndexConflict, OutputExists, ShapeMismatch, StorageFull
 from storage.models import DetectorHeader, RunHeader, SeriesHeader, StreamHeader
-from storage.nexus import DATA_PATH, MASK_PATH, Beamline, NxmxWriter, OutputExists
+from storage.nexus import DATA_PATH, MASK_PATH, Beamline, NxmxWriter
 
 SHAPE = (64, 80)
 STARTED = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)

@@ -8,8 +8,8 @@ import threading
 import pyarrow as pa
 import pytest
 
-from storage.errors import RunNotFound
-from storage.step_store import ChunkManifest, Processing, ProcessingBusy, StepStore, find_processings
+from storage.errors import ProcessingBusy, RunNotFound
+from storage.step_store import ChunkManifest, Processing, StepStore, find_processings
 
 TABLES = {"frames": pa.table({"frame_index": [0, 1], "n_peaks": [5, 6]}), "peaks": pa.table({"x": [1.5]})}
 

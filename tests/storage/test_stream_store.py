@@ -10,10 +10,10 @@ import pytest
 
 import storage.stream_store
 from storage.codec import encode
-from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable, IndexConflict
+from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable, IndexConflict, StreamOwned
 from storage.frame import FrameInfo
 from storage.models import RunState
-from storage.run_folder import RunFolder, StreamOwned, has_writer
+from storage.run_folder import RunFolder, has_writer
 from storage.states import FrameState
 from storage.stream_source import FolderSource, state_of
 from storage.stream_store import Admission, StreamStore

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import zmq
 
-from storage.errors import NearlineError, ProtocolError
+from storage.errors import BadMessage, NearlineError, ProtocolError
 from streaming import wire
 from streaming.connectors.cbor_view import decode_view
 from streaming.connectors.dectris_stream2 import EndMessage, ImageMessage, StartMessage, parse_message
-from streaming.errors import BadMessage
 from streaming.retrieval import open_run
 
 from . import bad_messages as corpus

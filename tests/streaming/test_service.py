@@ -15,11 +15,10 @@ import zmq
 
 import storage.stream_store
 from storage.codec import encode
-from storage.errors import CorruptFrame, NearlineError, ServiceUnavailable
+from storage.errors import CorruptFrame, NearlineError, ServiceUnavailable, SourceBusy
 from storage.models import RunState
 from storage.run_folder import RunFolder
 from streaming.client import Client
-from streaming.errors import SourceBusy
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.service import Service

@@ -186,7 +186,7 @@ def replay(
     settings = show.validated(SenderSettings, bind=bind, rate=rate, experiment=experiment, run=run, sample=sample)
     overrides = show.header_overrides(distance, wavelength, beam_center)
     with show.StageBars(errors) as bars:
-        sent = replay_files(show.expand_files(files), settings, overrides=overrides, progress=bars.update)
+        sent = replay_files(files, settings, overrides=overrides, progress=bars.update)
     show.series_sent(console, sent, as_json)
 
 

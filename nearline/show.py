@@ -55,25 +55,6 @@ def header_overrides(distance: float | None, wavelength: float | None, beam_cent
     return overrides
 
 
-def expand_files(paths: list[Path]) -> list[Path]:
-    """The files named, and those in the folders named, sorted."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(p for p in path.iterdir() if _is_frame_file(p)) if path.is_dir() else [path]
-        if not inside:
-            raise typer.BadParameter(f"{path} holds no .cbf, .cbf.gz, .cbf.bz2, .h5 or .nxs file")
-        found += inside
-    return found
-
-
-def _is_frame_file(path: Path) -> bool:
-    # A master names its data files; sending those as well would send frames twice.
-    is_data_file = re.search(r"(_data)?_\d{6}\.h5$", path.name) is not None
-    return path.name.endswith((".cbf", ".cbf.gz", ".cbf.bz2", ".nxs")) or (
-        path.suffix in (".h5", ".hdf5") and not is_data_file
-    )
-
-
 def recipe_from(recipe: Path | None, cell: str | None, space_group: str | None) -> Any:
     """The recipe named, or the preset with this cell."""
     from tasks.recipe import crystallography, load_recipe

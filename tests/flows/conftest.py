@@ -1,9 +1,6 @@
 """A simulated run that real sockets brought into a real service, and a real Prefect server."""
 
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nearline.children import free_port
+from nearline.children import Children, free_port
 from nearline.prefect_server import server_environment, wait_until_healthy
 from storage.errors import RunNotFound
 from streaming.retrieval import Run, open_run
@@ -92,16 +89,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory):
     """One Prefect server for the whole session, on a free port, with its own database."""
     port = free_port()
     environment = server_environment(tmp_path_factory.mktemp("prefect"), port)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = open(tmp_path_factory.mktemp("log") / "prefect.log", "wb")  # noqa: SIM115
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    children = Children(tmp_path_factory.mktemp("logs"))
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     try:
-        wait_until_healthy(port, 120, lambda: None)
+        children.start("prefect", command, environment)
+        wait_until_healthy(port, 120, lambda: children.check("prefect"))
         yield PrefectServer(port, environment)
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(20)
-        log.close()
+        children.stop_all()
 
 
 @pytest.fixture

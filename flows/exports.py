@@ -44,6 +44,7 @@ class RunExporter:
         stem = f"{header.experiment}_{header.run}_{header.data_source}_{processing}"
         self.files: dict[str, Path] = {}
         self._rows: dict[int, int] = {}
+        self._has_mask = pixel_mask is not None
         self._nexus: NxmxWriter | None = None
         self._stream: CrystfelStreamWriter | None = None
         if recipe.export.nexus != "none":
@@ -93,7 +94,7 @@ class RunExporter:
     def _open_stream(self, folder: Path, stem: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         nexus = self.files.get("nexus")
-        has_mask = nexus is not None
+        has_mask = nexus is not None and self._has_mask
         geometry = geometry_file(self._header, data_path=DATA_PATH, mask_path=MASK_PATH if has_mask else None)
         cell = self._recipe.sample.unit_cell if self._recipe.sample else None
         self.files["geometry"] = folder / f"{stem}.geom"

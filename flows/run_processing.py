@@ -30,7 +30,7 @@ from streaming.derived import DerivedStream, open_derived
 from streaming.retrieval import Chunk, Frame, Run, Stream, open_run
 from tasks.bin_frames import binned_header
 from tasks.chunk_frames import usable_mask
-from tasks.process_chunk import ChunkResult, process_chunk
+from tasks.process_chunk import ChunkResult, code_digest, process_chunk
 from tasks.recipe import Recipe, load_recipe, read_mask
 from tasks.steps import STEPS, BinParams
 
@@ -150,9 +150,12 @@ def run_processing(
     recipe = load_recipe(request.recipe)
     run = open_run(request.run, service=request.service, root=request.root)
     stream = _wait_for_stream(run, request.data_source)
-    processing = _claim_processing(run, stream, recipe, flow_run)
-    work = _Work(run, stream, processing, recipe, request.n_threads, call, reporter or Silent())
-    return work.carry_out()
+    processing, claim = _claim_processing(run, stream, recipe, flow_run)
+    try:
+        work = _Work(run, stream, processing, recipe, request.n_threads, call, reporter or Silent())
+        return work.carry_out()
+    finally:
+        os.close(claim)
 
 
 def _wait_for_stream(run: Run, data_source: str | None) -> Stream:
@@ -167,14 +170,20 @@ def _wait_for_stream(run: Run, data_source: str | None) -> Stream:
         time.sleep(0.2)
 
 
-def _claim_processing(run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None) -> Processing:
-    """The unfinished processing with this very recipe, or a new one; claimed for this process."""
+def _claim_processing(
+    run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None
+) -> tuple[Processing, int]:
+    """The unfinished processing with this very recipe and code, or a new one, and the claim on it."""
+    code = code_digest(recipe)
     for processing in find_processings(run.folder).values():
         manifest = processing.manifest
-        same = manifest.recipe_digest == recipe.digest and manifest.data_source == stream.name
+        same = (manifest.recipe_digest, manifest.code_digest, manifest.data_source) == (
+            recipe.digest,
+            code,
+            stream.name,
+        )
         if same and not processing.is_finished:
-            processing.claim()
-            return processing
+            return processing, processing.claim()
     number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
     while True:
         processing = Processing(run.folder, f"p{number}")
@@ -184,8 +193,7 @@ def _claim_processing(run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[
         except FileExistsError:
             number += 1
             continue
-        processing.claim()
-        return processing
+        return processing, processing.claim()
 
 
 def _manifest(name: str, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None) -> Manifest:
@@ -195,6 +203,7 @@ def _manifest(name: str, stream: Stream, recipe: Recipe, flow_run: tuple[str, st
         data_source=stream.name,
         recipe=recipe.model_dump(mode="json"),
         recipe_digest=recipe.digest,
+        code_digest=code_digest(recipe),
         started_at=datetime.now(UTC),
         versions={package: version(package) for package in packages},
         host=socket.gethostname(),

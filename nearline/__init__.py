@@ -56,7 +56,7 @@ def producer(experiment: str, data_source: str, *, service: str | None = None, a
     ack : when a send returns: the service has the frame in memory (``buffered``), or on disk (``stored``).
     """
     from streaming.producer import Producer
-    from streaming.service import DEFAULT_ADDRESS
+    from streaming.wire import DEFAULT_ADDRESS
 
     address = service or os.environ.get("NEARLINE_SERVICE") or DEFAULT_ADDRESS
     return Producer(address, experiment, data_source, ack=ack)  # type: ignore[arg-type]

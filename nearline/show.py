@@ -94,7 +94,7 @@ def list_runs(experiment: str | None, service: str | None, root: Path | None) ->
     """Rows of the catalog, through the service or from the data folder."""
     from streaming import wire
     from streaming.client import Client, is_reachable
-    from streaming.service import DEFAULT_ADDRESS
+    from streaming.wire import DEFAULT_ADDRESS
 
     address = service or DEFAULT_ADDRESS
     if service or (root is None and is_reachable(address)):
@@ -176,7 +176,7 @@ def read_status(service: str | None) -> dict[str, Any]:
     """A service's own account of its condition."""
     from streaming import wire
     from streaming.client import Connection, is_reachable
-    from streaming.service import DEFAULT_ADDRESS
+    from streaming.wire import DEFAULT_ADDRESS
 
     address = service or DEFAULT_ADDRESS
     if not is_reachable(address):

@@ -6,14 +6,23 @@ and two pixel vectors; pixel positions are measured from that corner, so pixel i
 i + 1 and its centre is i + 0.5. The usual mounting is fast = -x, slow = -y.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ValidationError
 
 from storage.errors import BadFrame
 from storage.models import DetectorHeader
 
-__all__ = ["HC_EV_ANGSTROM", "Geometry", "Panel", "energy_from_wavelength", "wavelength_from_energy"]
+__all__ = [
+    "HC_EV_ANGSTROM",
+    "Geometry",
+    "Panel",
+    "energy_from_wavelength",
+    "override_detector",
+    "wavelength_from_energy",
+]
 
 # h c / e in eV Å, CODATA 2018 (exact by definition of the SI).
 HC_EV_ANGSTROM = 12398.419843320026
@@ -27,6 +36,30 @@ def wavelength_from_energy(energy_ev: float) -> float:
 def energy_from_wavelength(wavelength_angstrom: float) -> float:
     """Energy in eV of photons of a wavelength in Å."""
     return HC_EV_ANGSTROM / wavelength_angstrom
+
+
+def override_detector(detector: DetectorHeader, values: Mapping[str, float | None]) -> DetectorHeader:
+    """A header with some values replaced; energy and wavelength follow each other. None leaves a value.
+
+    Raises
+    ------
+    BadFrame : a field that the header does not have, or a value it cannot have.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    unknown = sorted(set(given) - set(DetectorHeader.model_fields))
+    if unknown:
+        raise BadFrame(
+            f"no header field {', '.join(unknown)}; there are {', '.join(sorted(DetectorHeader.model_fields))}"
+        )
+    if given.get("incident_wavelength"):
+        given.setdefault("incident_energy", energy_from_wavelength(given["incident_wavelength"]))
+    elif given.get("incident_energy"):
+        given["incident_wavelength"] = wavelength_from_energy(given["incident_energy"])
+    try:
+        return DetectorHeader.model_validate(detector.model_dump() | given)
+    except ValidationError as error:
+        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        raise BadFrame(f"impossible detector values: {problems}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class Journal:
 
 
 def scan_journal(fd: int, at: int = 0) -> Iterator[tuple[FrameInfo, Location]]:
-    """Each whole record of a journal (or shard) from offset ``at``, up to the first torn or foreign byte."""
+    """Each whole record of a journal (or shard) from offset ``at``, up to the first torn or foreign header."""
     size, fixed = os.fstat(fd).st_size, _HEAD.size + _CRC.size
     while at + fixed <= size:
         head = os.pread(fd, fixed, at)
@@ -178,11 +178,11 @@ def scan_journal(fd: int, at: int = 0) -> Iterator[tuple[FrameInfo, Location]]:
         if google_crc32c.extend(google_crc32c.value(head[: _HEAD.size]), meta) != crc:
             return
         location = Location(at + fixed + meta_length, blob_length)
-        # A record's header can reach the disk before its blob: only the blob's crc tells.
-        if blob_crc32c(os.pread(fd, blob_length, location.offset)) != blob_crc:
-            return
-        yield _decode(meta), location
         at = end
+        # A record's header can reach the disk before its blob: only the blob's crc tells. Such a
+        # frame is lost, those behind it are not.
+        if blob_crc32c(os.pread(fd, blob_length, location.offset)) == blob_crc:
+            yield _decode(meta), location
 
 
 def read_located(fd: int, location: Location, crc: int, frame_index: int, path: Path) -> bytes:

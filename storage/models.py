@@ -22,6 +22,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "DetectorHeader",
     "Model",
+    "Record",
     "RunHeader",
     "RunState",
     "SeriesHeader",
@@ -44,6 +45,12 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Record(Model):
+    """What we wrote or sent ourselves: a newer version's unknown fields are left alone, not an error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
 class RunState(StrEnum):
     """Where a run is in its life; the last three are terminal."""
 
@@ -58,7 +65,7 @@ class RunState(StrEnum):
         return self in (RunState.completed, RunState.incomplete, RunState.aborted)
 
 
-class DetectorHeader(Model):
+class DetectorHeader(Record):
     """The detector and the beam it stands in; zero or None where the beamline never said."""
 
     # JSON has no word for infinity: such a header could be written, but never read again.
@@ -85,7 +92,7 @@ class DetectorHeader(Model):
     virtual_pixel_interpolation_enabled: bool | None = None
 
 
-class SeriesHeader(Model):
+class SeriesHeader(Record):
     """What the detector says of one arm-to-end series."""
 
     series_id: int
@@ -94,7 +101,7 @@ class SeriesHeader(Model):
     arm_date: datetime | None = None
 
 
-class StreamHeader(Model):
+class StreamHeader(Record):
     """Everything a reader must know before the first frame of a stream."""
 
     schema_version: int = SCHEMA_VERSION
@@ -107,6 +114,7 @@ class StreamHeader(Model):
     codec: Literal["bslz4", "lz4", "raw"] = "bslz4"
     frames_per_chunk: int = Field(100, gt=0, le=MOST_FRAMES_PER_CHUNK)
     planned: int = Field(0, ge=0, le=MOST_PLANNED, description="frames the source means to send; 0 when unknown")
+    channel: str | None = Field(None, description="the detector's own name of this array, such as threshold_1")
     detector: DetectorHeader | None = None
     series: SeriesHeader | None = None
     parent: str | None = Field(None, description="data source this one was derived from")
@@ -145,7 +153,7 @@ class StreamHeader(Model):
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.dtype else 0
 
 
-class RunHeader(Model):
+class RunHeader(Record):
     """A run as the scientist asked for it; facts that come later are events."""
 
     schema_version: int = SCHEMA_VERSION

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from storage.errors import RunNotFound, StreamNotFound, StreamOwned
 from storage.files import publish
-from storage.models import Model, RunHeader, RunState, StreamHeader
+from storage.models import Record, RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run
 from storage.states import StateRange
 
@@ -40,7 +40,7 @@ _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE_S = 0.01
 
 
-class Event(Model):
+class Event(Record):
     """A fact about a run, written once."""
 
     number: int
@@ -49,7 +49,7 @@ class Event(Model):
     payload: dict[str, Any]
 
 
-class ChunkCommit(Model):
+class ChunkCommit(Record):
     """The commit point of chunk k: once this file exists, the chunk is sealed."""
 
     chunk: int

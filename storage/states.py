@@ -10,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from pydantic import Field
 
-from storage.models import Model
+from storage.models import Record
 
 __all__ = ["FrameState", "IndexStates", "StateRange", "StreamLedger"]
 
@@ -24,7 +24,7 @@ class FrameState(IntEnum):
     rejected = 3
 
 
-class StateRange(Model):
+class StateRange(Record):
     """Frames ``start <= frame_index < stop`` in one state, with the cause where there is one."""
 
     state: str
@@ -125,7 +125,7 @@ class IndexStates:
         return self._cause_numbers[cause]
 
 
-class StreamLedger(Model):
+class StreamLedger(Record):
     """Every frame of a stream accounted for, DESIGN promise 3.
 
     ``announced`` = received + missing + rejected (+ pending while live) and

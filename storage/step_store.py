@@ -21,7 +21,7 @@ from pydantic import Field
 from storage.errors import BadRecipe, ProcessingBusy, RunNotFound
 from storage.files import publish, replace, sync_folder
 from storage.frame_table import table_bytes
-from storage.models import Model
+from storage.models import Record
 from storage.names import check_name
 
 __all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
@@ -65,7 +65,7 @@ class StepStore:
         sync_folder(self._root)
 
 
-class ChunkManifest(Model):
+class ChunkManifest(Record):
     """What a processing made of one chunk."""
 
     chunk: int
@@ -79,13 +79,14 @@ class ChunkManifest(Model):
     seconds: dict[str, float] = Field(default_factory=dict, description="step name → wall time, s; 0 when reused")
 
 
-class Manifest(Model):
+class Manifest(Record):
     """A processing as it was asked for, and where it came from."""
 
     processing: str
     data_source: str
     recipe: dict[str, Any]
     recipe_digest: str
+    code_digest: str = Field("", description="of the source and library versions of all steps")
     started_at: datetime
     versions: dict[str, str]
     host: str = ""

@@ -16,7 +16,7 @@ from storage.errors import CorruptFrame, GroupNeedsService
 from storage.frame import FrameInfo, RawFrame
 from storage.journal import Journal
 from storage.masks import read_plane
-from storage.models import Model, RunState, StreamHeader
+from storage.models import Record, RunState, StreamHeader
 from storage.run_folder import ChunkCommit, RunFolder, has_writer
 from storage.states import FrameState, IndexStates, StreamLedger
 from storage.stream_store import SealedChunks, build_ledger, missing_frame
@@ -27,7 +27,7 @@ __all__ = ["FolderSource", "LeasedFrame", "StreamSource", "StreamStatus"]
 _LOOK_AGAIN_S = 0.2
 
 
-class StreamStatus(Model):
+class StreamStatus(Record):
     """How far a stream has come: indices below ``watermark`` are stored or known to be missing."""
 
     announced: int
@@ -226,15 +226,16 @@ class FolderSource:
             self._chunks = SealedChunks(self._paths, self.header)
         # Asked before reading: a writer that stops in between leaves nothing behind unseen.
         is_written = has_writer(self._paths)
-        self._finished = self.folder.finished(self.header.data_source)
+        finished = self.folder.finished(self.header.data_source)
         for chunk, path in self._paths.journals():
             self._look_into_journal(chunk, path)
         for chunk in self._paths.commits():
             if chunk not in self._commits:
                 self._adopt(self._paths.read_commit(chunk))
-        if self._finished:
-            self.states.announce(self._finished["announced"])
-        self._is_terminal = self._finished is not None or not is_written
+        if finished:
+            self.states.announce(finished["announced"])
+        # Last: if anything above fails, the next look takes it up again.
+        self._finished, self._is_terminal = finished, finished is not None or not is_written
 
     def _look_into_journal(self, chunk: int, path: Path) -> None:
         if chunk in self._commits:

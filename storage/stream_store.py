@@ -159,7 +159,7 @@ class StreamStore:
         """
         index = info.frame_index
         if self.states[index] is FrameState.stored:
-            if self.info(index).digest != info.digest:
+            if content_digest(self.info(index)) != content_digest(info):
                 raise IndexConflict(
                     f"frame {index} of {self.header.data_source} arrived twice with different content; "
                     "the first one is kept, check the source's numbering"

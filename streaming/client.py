@@ -121,6 +121,7 @@ class Connection:
                 f"the service at {self.address} was restarted while a run was being started; "
                 "look with `nearline runs` whether it exists, then start it again or another"
             )
+        self._received_bytes = 0  # credit begins anew with the service
         self._send(wire.Hello(id=0, protocol=wire.PROTOCOL), None)
         self._send(request, payload)
 

@@ -1,5 +1,6 @@
 """Sending frames into a service from a program: arrays or ready blobs, acknowledged."""
 
+import math
 import time
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -138,7 +139,8 @@ class RunProducer:
         while True:
             request = wire.PutFrames(id=0, stream=self._ref, infos=infos, ack=self._producer.ack)
             try:
-                reply, _ = self._connection.ask(request, glue_payload(blobs))
+                # However long the disk is full: the service is there, and looked for meanwhile.
+                reply, _ = self._connection.ask(request, glue_payload(blobs), timeout=math.inf)
             except BufferFull:
                 time.sleep(_FULL_PAUSE_S)
                 continue
@@ -155,7 +157,8 @@ class RunProducer:
         if self._header is None:
             self._start_from(None)  # nothing was sent: a run with an empty table, not one that never ends
         stop = max(announced, self._next)
-        self._connection.ask(wire.FinishStream(id=0, stream=self._ref, announced=stop, aborted=aborted))
+        request = wire.FinishStream(id=0, stream=self._ref, announced=stop, aborted=aborted)
+        self._connection.ask(request, timeout=math.inf)
 
     def __enter__(self) -> Self:
         return self

@@ -510,7 +510,8 @@ class Recorder:
         log.info("run %s %s", run_key(folder.header.experiment, folder.header.run), state.value)
 
     def _forget_old(self) -> None:
-        ended = [s for s in self._streams.values() if s.is_ended]
+        # The end of a run is judged on all its streams: none is forgotten before.
+        ended = [s for s in self._streams.values() if s.is_ended and s.folder.state.is_terminal]
         for stream in ended[:-_KEEP_FINISHED]:
             del self._streams[stream.key]
 

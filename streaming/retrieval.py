@@ -25,8 +25,8 @@ from storage.states import StreamLedger
 from storage.stream_source import FolderSource, StreamSource, StreamStatus, state_of
 from streaming import wire
 from streaming.client import Client, is_reachable
-from streaming.service import DEFAULT_ADDRESS
 from streaming.service_source import ServiceSource
+from streaming.wire import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     import zarr
@@ -341,8 +341,8 @@ class Run:
 
     def ledger(self) -> dict[str, StreamLedger]:
         """The ledger of each primary data source."""
-        ledgers = {name: self[name].ledger() for name in self.data_sources}
-        return {name: ledger for name, ledger in ledgers.items() if self[name].header.parent is None}
+        primary = [name for name in self.data_sources if self[name].header.parent is None]
+        return {name: self[name].ledger() for name in primary}
 
     @property
     def processings(self) -> dict[str, "Processing"]:

@@ -18,12 +18,12 @@ from storage.names import check_name
 from streaming.connectors.eiger import EigerConnector
 from streaming.recorder import Recorder, StreamKey
 from streaming.server import Server
+from streaming.wire import DEFAULT_ADDRESS
 
 __all__ = ["DEFAULT_ADDRESS", "DEFAULT_DETECTOR", "Service", "ServiceSettings", "SourceSettings"]
 
 log = logging.getLogger("nearline.service")
 
-DEFAULT_ADDRESS = "tcp://127.0.0.1:5600"
 DEFAULT_DETECTOR = "tcp://127.0.0.1:31001"
 
 

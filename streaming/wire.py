@@ -22,6 +22,7 @@ from storage.errors import ProtocolError
 from storage.frame import FrameInfo
 
 __all__ = [
+    "DEFAULT_ADDRESS",
     "GLUE_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_MESSAGE_BYTES",
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 PROTOCOL = 1
+DEFAULT_ADDRESS = "tcp://127.0.0.1:5600"
 WINDOW_BYTES = 128 << 20
 GLUE_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30

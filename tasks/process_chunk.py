@@ -8,7 +8,6 @@ computes only what is new.
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from tasks.chunk_frames import ChunkFrames
 from tasks.recipe import Recipe, StepSpec
 from tasks.steps import STEPS, BinParams, Step, user_step
 
-__all__ = ["ChunkResult", "process_chunk"]
+__all__ = ["ChunkResult", "code_digest", "process_chunk"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ def process_chunk(
     run_folder: Path,
     *,
     n_threads: int = 1,
-    on_step: Callable[[str], None] = lambda name: None,
 ) -> ChunkResult:
     """Carry out all steps of a recipe on one sealed chunk.
 
@@ -67,7 +65,6 @@ def process_chunk(
     header : of the stream, with the recipe's detector values in place.
     mask : (slow, fast), nonzero = do not use.
     run_folder : where ``steps/`` is.
-    on_step : called with each step's name before it starts.
     """
     store = StepStore(run_folder)
     chunk = ChunkFrames(frames, header, mask, commit.digest, n_threads=n_threads)
@@ -81,7 +78,6 @@ def process_chunk(
     seconds: dict[str, float] = {}
     tables: dict[str, Tables] = {}
     for spec in recipe.steps:
-        on_step(spec.name)
         step = _step_of(spec)
         key = base | {"binning": chunk.binning, "upstream": list(digests.values())} | _identity(step, spec, recipe)
         digest = blake3.blake3(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -95,6 +91,12 @@ def process_chunk(
         digests[spec.name], tables[spec.name] = digest, found
         chunk = _with_results(chunk, spec, step, tables)
     return ChunkResult(_manifest(commit, digests, tables, len(frames), seconds), tables)
+
+
+def code_digest(recipe: Recipe) -> str:
+    """blake3 over the code of all steps of a recipe, hex: an interrupted processing goes on only with the same."""
+    identities = [_step_of(spec).identity for spec in recipe.steps]
+    return blake3.blake3(json.dumps(identities, sort_keys=True).encode()).hexdigest()
 
 
 def _step_of(spec: StepSpec) -> Step:

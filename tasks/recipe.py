@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from storage.errors import BadRecipe
+from storage.geometry import override_detector
 from storage.masks import array_digest
 from storage.models import DetectorHeader, Model
 from tasks.steps import STEPS, find_function
@@ -82,9 +83,7 @@ class Recipe(Model):
     @field_validator("detector")
     @classmethod
     def _known_fields(cls, values: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(values) - set(DetectorHeader.model_fields))
-        if unknown:
-            raise ValueError(f"the detector has no field {unknown}; it has {sorted(DetectorHeader.model_fields)}")
+        override_detector(DetectorHeader(), values)
         return values
 
     @model_validator(mode="after")
@@ -100,7 +99,7 @@ class Recipe(Model):
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:
         """The detector's header with this recipe's values in place."""
-        return (detector or DetectorHeader()).model_copy(update=self.detector)
+        return override_detector(detector or DetectorHeader(), self.detector)
 
 
 def load_recipe(source: "str | Path | dict[str, Any] | Recipe") -> Recipe:

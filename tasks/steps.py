@@ -6,6 +6,7 @@ are what queries, stop criteria and the live view see; other tables (``peaks``, 
 of arrays with one value per frame.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -124,8 +125,13 @@ def library_versions() -> dict[str, str]:
 
 def source_digest(*modules: ModuleType) -> str:
     """sha256 over the source text of modules, hex."""
-    text = "".join(inspect.getsource(module) for module in modules)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256("".join(_source_of(module) for module in modules).encode()).hexdigest()
+
+
+@functools.cache
+def _source_of(module: ModuleType) -> str:
+    """The text this process runs: read once, early, since the file may be changed under a running worker."""
+    return inspect.getsource(module)
 
 
 def find_function(name: str) -> Callable[..., Mapping[str, Any]]:
@@ -148,7 +154,9 @@ def user_step(name: str) -> Step:
         return {"frames": _columns_of(chunk, function(chunk, **params), name)}
 
     module = inspect.getmodule(function)
-    return Step(dict, run, (module,) if module else ())
+    step = Step(dict, run, (module,) if module else ())
+    source_digest(*step.kernels)
+    return step
 
 
 def _columns_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> pa.Table:
@@ -455,3 +463,5 @@ STEPS: dict[str, Step] = {
         IntegrateParams, run_integrate, (predict_spots_module, integrate_spots_module, unit_cell), needs_cell=True
     ),
 }
+for _step in STEPS.values():
+    source_digest(*_step.kernels, *_SHARED)

@@ -154,6 +154,7 @@ class EigerConnector(threading.Thread):
                 codec=codec,
                 frames_per_chunk=frames_per_chunk(message.detector.frame_time, shape, dtype),
                 planned=message.series.number_of_images,
+                channel=channel,
                 detector=message.detector,
                 series=message.series,
                 user_data=user_data,
@@ -198,14 +199,14 @@ class EigerConnector(threading.Thread):
             start = self._pending.message
             self._open_run(start, {n: (a.shape, a.dtype, a.codec) for n, a in message.channels.items()})
             self._pending = None
-        streams = {s.header.data_source: s for s in self._series(message.series_unique_id, message.series_id)}
+        streams = {s.header.channel: s for s in self._series(message.series_unique_id, message.series_id)}
         if not streams:
             raise BadMessage(
                 f"image of series {message.series_id} before any start message of it; its frames are left out "
                 "until the detector is armed again"
             )
         for channel, array in message.channels.items():
-            stream = streams.get(f"{self.data_source}.{channel}") or streams.get(self.data_source)
+            stream = streams.get(channel)
             if stream is None:
                 raise BadMessage(f"image of channel {channel!r}, which the start message did not announce")
             self._take(stream, message, array)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import BadFrame, RunNotFound
-from storage.geometry import energy_from_wavelength, wavelength_from_energy
-from storage.models import DetectorHeader
+from storage.geometry import override_detector
 from streaming.replay.cbf import CBF_ENDINGS, open_cbf
 from streaming.replay.hdf5 import HDF5_ENDINGS, open_hdf5
 from streaming.replay.series import ReplayFrame, ReplaySeries
@@ -55,7 +54,7 @@ def read_files(
     files = _find_files(paths)
     series = open_cbf(files) if _is_cbf(files[0]) else open_hdf5(files, channel)
     try:
-        series.header = _override(series.header, overrides)
+        series.header = override_detector(series.header, overrides)
     except BaseException:
         series.close()
         raise
@@ -164,20 +163,6 @@ def _preload(series: ReplaySeries, threads: int | None, tell: Progress) -> list[
         frames.append(frame)
         tell("reading frames", len(frames), series.n_images)
     return frames
-
-
-def _override(header: DetectorHeader, overrides: Mapping[str, Any]) -> DetectorHeader:
-    values = {name: value for name, value in overrides.items() if value is not None}
-    unknown = sorted(set(values) - set(DetectorHeader.model_fields))
-    if unknown:
-        raise BadFrame(
-            f"cannot override {', '.join(unknown)}; header fields are {', '.join(sorted(DetectorHeader.model_fields))}"
-        )
-    if "incident_wavelength" in values:
-        values.setdefault("incident_energy", energy_from_wavelength(values["incident_wavelength"]))
-    elif "incident_energy" in values:
-        values["incident_wavelength"] = wavelength_from_energy(values["incident_energy"])
-    return DetectorHeader.model_validate(header.model_dump() | values)
 
 
 # ---- finding files

@@ -1,6 +1,7 @@
 """`kill -9` of the service in the middle of a run: it comes back, the run goes on and is processed."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -48,6 +49,18 @@ def wait_for(condition, seconds: float = 60):
 
 @pytest.mark.timeout(200)
 def test_killed_service_goes_on_with_the_run(tmp_path, recipe):
+    kill_and_go_on(tmp_path, recipe, at_frame=40)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("seed", range(30))
+def test_killed_at_any_moment(tmp_path, recipe, seed):
+    kill_and_go_on(tmp_path, recipe, at_frame=random.Random(seed).randrange(1, 90))
+
+
+def kill_and_go_on(tmp_path, recipe, at_frame: int) -> None:
+    """Kill the service once that frame is stored, start it again, and hold it to what it had promised."""
     address, detector = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     service = serve(tmp_path, address, detector)
     command = [sys.executable, "-m", "nearline.cli", "simulate", "--size", "1M", "--frames", str(N_FRAMES)]
@@ -56,7 +69,7 @@ def test_killed_service_goes_on_with_the_run(tmp_path, recipe):
     )
     try:
         run = wait_for(lambda: open_run(f"{address}/lyso/1"))
-        wait_for(lambda: "eiger" in run and run["eiger"].status.watermark >= 40)
+        wait_for(lambda: "eiger" in run and run["eiger"].status.watermark >= at_frame)
         stored = [(frame.frame_index, bytes(frame.blob)) for frame in run["eiger"]]
         os.kill(service.pid, signal.SIGKILL)
         service.wait()
@@ -75,7 +88,7 @@ def test_killed_service_goes_on_with_the_run(tmp_path, recipe):
         assert summary["frames"] == ledger.stored
         assert summary["indexed"] > 0
         simulator = SimulatorSettings(size="1M", n_frames=N_FRAMES, hit_fraction=0.3, rate=15).simulator()
-        assert np.array_equal(stream[stored[5][0]].data, simulator.frame(stored[5][0])[0])
+        assert np.array_equal(stream[stored[0][0]].data, simulator.frame(stored[0][0])[0])
     finally:
         sending.kill()
         sending.wait()

@@ -95,9 +95,11 @@ def test_duplicate_and_conflict(tmp_path, is_sealed):
     put(store, 0, 1, 2, 3)
     if is_sealed:
         store.seal_complete()
-    assert store.admit(row(2, encode(pixels(2)))) is Admission.duplicate
-    with pytest.raises(IndexConflict, match="frame 2 of eiger arrived twice with different content"):
-        store.admit(row(2, encode(pixels(99))))
+    meta = {"delay": 0.2}
+    assert store.admit(row(2, encode(pixels(2)), meta=meta)) is Admission.duplicate
+    for pixels_of, other in ((99, meta), (2, {"delay": 0.3})):
+        with pytest.raises(IndexConflict, match="frame 2 of eiger arrived twice with different content"):
+            store.admit(row(2, encode(pixels(pixels_of)), meta=other))
     assert store.duplicate == 1
 
 

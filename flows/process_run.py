@@ -5,15 +5,18 @@ Prefect records; it decides nothing. The results are the same without it.
 
 import base64
 import io
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import httpx
 from PIL import Image
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
 
 from flows.run_processing import ProcessRequest, Progress, run_processing
 from storage.run_folder import ChunkCommit
@@ -22,6 +25,8 @@ from streaming.retrieval import Run
 from tasks.recipe import Recipe, load_recipe
 
 __all__ = ["process_run"]
+
+log = logging.getLogger("nearline.process")
 
 T = TypeVar("T")
 _PICTURE_PX = 420
@@ -82,13 +87,12 @@ class _Artifacts:
     def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
         self._key = _artifact_key(run.name, processing.name)
         self._title = f"{run.name} · {processing.name} · {recipe.name}"
-        self._progress = create_progress_artifact(0.0, key=f"{self._key}-progress", description=self._title)
+        self._progress = _tell(create_progress_artifact, 0.0, key=f"{self._key}-progress", description=self._title)
 
     def chunk_done(self, progress: Progress) -> None:
         totals = progress.totals
         if progress.planned:
-            percent = min(100.0 * (progress.chunk.stop / progress.planned), 100.0)
-            update_progress_artifact(self._progress, percent)
+            self._show_progress(min(100.0 * (progress.chunk.stop / progress.planned), 100.0))
         self._lines.append(
             f"| {progress.chunk.chunk} | {progress.chunk.start}–{progress.chunk.stop - 1} | {progress.chunk.n_frames} "
             f"| {progress.chunk.n_hits} | {progress.chunk.n_indexed} | {progress.lag_frames} |"
@@ -102,12 +106,10 @@ class _Artifacts:
             "|---|---|---|---|---|---|",
             *self._lines[-20:],
         ]
-        create_markdown_artifact(
-            "\n".join(text), key=f"{self._key}-rates", description="hit and indexing rate by chunk"
-        )
+        _write("\n".join(text), f"{self._key}-rates", "hit and indexing rate by chunk")
 
     def finished(self, summary: dict[str, Any]) -> None:
-        update_progress_artifact(self._progress, 100.0)
+        self._show_progress(100.0)
         files = [f"| {name} | `{path}` |" for name, path in summary["files"].items()]
         pictures = [_embedded(Path(path)) for path in summary["pictures"]]
         text = [
@@ -123,13 +125,24 @@ class _Artifacts:
             "",
             *pictures,
         ]
-        create_markdown_artifact(
-            "\n".join(text), key=f"{self._key}-summary", description="what came out, with examples"
-        )
+        _write("\n".join(text), f"{self._key}-summary", "what came out, with examples")
+
+    def _show_progress(self, percent: float) -> None:
+        if self._progress is not None:
+            _tell(update_progress_artifact, self._progress, percent)
 
 
 def _write(text: str, key: str, description: str) -> None:
-    create_markdown_artifact(text, key=key, description=description)
+    _tell(create_markdown_artifact, text, key=key, description=description)
+
+
+def _tell(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Show something in the UI; a server that is away costs a picture, not the analysis."""
+    try:
+        return function(*args, **options)
+    except (httpx.HTTPError, PrefectException, OSError) as error:
+        log.warning("the Prefect server did not take an artifact: %s", error)
+        return None
 
 
 def _artifact_key(run: str, processing: str) -> str:

@@ -149,7 +149,7 @@ def test_header_values_can_be_overridden(cbf_folder):
     assert header.incident_energy == pytest.approx(12398.42, abs=0.01)
     assert read_files(cbf_folder, incident_energy=12398.42).header.incident_wavelength == pytest.approx(1.0, abs=1e-6)
     assert read_files(cbf_folder, detector_distance=None).header.detector_distance == 0.351
-    with pytest.raises(BadFrame, match="no .*field clen"):
+    with pytest.raises(BadFrame, match=r"no .*field clen"):
         read_files(cbf_folder, clen=0.1)
 
 

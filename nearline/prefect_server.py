@@ -9,7 +9,7 @@ from pathlib import Path
 
 from storage.errors import ServiceUnavailable
 
-__all__ = ["server_environment", "wait_until_healthy"]
+__all__ = ["is_healthy", "server_environment", "wait_until_healthy"]
 
 # Batches and short polls: the defaults record a task seconds after it has ended and look for
 # new work every ten.
@@ -43,12 +43,19 @@ def server_environment(home: Path, port: int) -> dict[str, str]:
 def wait_until_healthy(port: int, timeout: float, check: Callable[[], None]) -> None:
     """Return once the server answers; ``check`` is called meanwhile and may raise."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            check()
-            if time.monotonic() > deadline:
-                raise ServiceUnavailable(f"the Prefect server on port {port} did not answer in {timeout:g} s") from None
+    while not is_healthy(f"http://127.0.0.1:{port}/api"):
+        check()
+        if time.monotonic() > deadline:
+            raise ServiceUnavailable(f"the Prefect server on port {port} did not answer in {timeout:g} s")
         time.sleep(0.25)
+
+
+def is_healthy(api: str) -> bool:
+    """Whether a server answers at an API address such as ``http://127.0.0.1:4200/api``."""
+    try:
+        with urllib.request.urlopen(f"{api}/health", timeout=3):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to ask for credentials
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

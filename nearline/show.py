@@ -1,6 +1,7 @@
 """What the command line reads and shows: arguments into settings, results into tables."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 import nearline
+from nearline.prefect_server import is_healthy
 from storage.errors import RunNotFound, ServiceUnavailable
 from storage.names import parse_run_key
 
@@ -259,6 +261,11 @@ _SENT_FIELDS = ("endpoint", "n_series", "n_frames", "n_bytes", "seconds", "serie
 
 def run_with_prefect(request: Any) -> dict[str, Any]:
     """Process as a Prefect flow."""
+    api = os.environ.get("PREFECT_API_URL", "")
+    if api and not is_healthy(api):
+        raise ServiceUnavailable(
+            f"the Prefect server at {api} does not answer; start it, correct PREFECT_API_URL, or add --no-prefect"
+        )
     from flows.process_run import process_run
 
     values = request.model_dump()

@@ -26,6 +26,7 @@ __all__ = [
     "StaleLease",
     "StorageFull",
     "StreamNotFound",
+    "StreamNotOpen",
     "StreamOwned",
 ]
 
@@ -84,6 +85,10 @@ class ServiceUnavailable(NearlineError, ConnectionError):
 
 class ProtocolError(NearlineError, ValueError):
     """A message that does not follow the wire protocol."""
+
+
+class StreamNotOpen(ProtocolError):
+    """Frames for a stream that this service does not have open for writing; start it (again) first."""
 
 
 class BadMessage(ProtocolError):

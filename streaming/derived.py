@@ -6,7 +6,7 @@ import logging
 from typing import Any, Protocol
 
 from storage.codec import Buffer
-from storage.errors import FrameTooLate
+from storage.errors import FrameTooLate, StreamNotOpen
 from storage.frame import FrameInfo, blob_crc32c, blob_digest
 from storage.models import StreamHeader
 from storage.run_folder import RunFolder
@@ -49,14 +49,23 @@ def open_derived(run: Run, header: StreamHeader) -> DerivedStream:
 class _ThroughService:
     def __init__(self, address: str, header: StreamHeader) -> None:
         self._producer = Producer(address, header.experiment, header.data_source)
+        self._header = header
         self._stream = self._producer.derived(header.run, header)
 
     def send(self, rows: list[Row]) -> None:
         for at in range(0, len(rows), _ROWS_A_MESSAGE):
             try:
-                self._stream.send_many(list(rows[at : at + _ROWS_A_MESSAGE]))
+                self._send(rows[at : at + _ROWS_A_MESSAGE])
             except FrameTooLate as error:  # as in a folder, such rows are left out and counted
                 log.warning("%s", error)
+
+    def _send(self, rows: list[Row]) -> None:
+        try:
+            self._stream.send_many(list(rows))
+        except StreamNotOpen:
+            # The service was restarted after the run had ended: it has to be told of this stream again.
+            self._stream.start(self._header)
+            self._stream.send_many(list(rows))
 
     def finish(self, announced: int) -> None:
         self._stream.finish(announced)

@@ -197,6 +197,19 @@ class Recorder:
         self._on_change(stream.key)
         return stream
 
+    def take_up_stream(self, folder: RunFolder, header: StreamHeader) -> bool:
+        """Open an unfinished derived stream again, whose run had ended before this service was started."""
+        name = header.data_source
+        with self._lock:
+            is_ours = header.parent is not None and name in folder.data_sources() and not folder.finished(name)
+            if not is_ours or folder.stream_header(name) != header:
+                return False
+            stream = LiveStream(StreamStore.recover(folder, name), folder)
+            self._streams[stream.key] = stream
+            self._take_up(stream)
+        self._on_change(stream.key)
+        return True
+
     def find(self, key: StreamKey) -> LiveStream | None:
         """The stream if this service has it open."""
         return self._streams.get(key)

@@ -21,7 +21,15 @@ import numpy as np
 import zmq
 from pydantic import ValidationError
 
-from storage.errors import BufferFull, CorruptFrame, NearlineError, ProtocolError, RunNotFound, SourceBusy
+from storage.errors import (
+    BufferFull,
+    CorruptFrame,
+    NearlineError,
+    ProtocolError,
+    RunNotFound,
+    SourceBusy,
+    StreamNotOpen,
+)
 from storage.frame import RawFrame, meta_bytes
 from storage.masks import read_plane
 from storage.models import StreamHeader
@@ -574,7 +582,8 @@ class Server(threading.Thread):
         if live is not None and live.header == header and not live.store.is_finished:
             return wire.Done(id=p.request.id), _NO_PAYLOAD  # a producer that comes back
         try:
-            self._recorder.start_stream(folder, header, pixel_mask=mask)
+            if not self._recorder.take_up_stream(folder, header):
+                self._recorder.start_stream(folder, header, pixel_mask=mask)
         except FileExistsError as error:
             raise ProtocolError(f"{error}; give the data source another name") from None
         return wire.Done(id=p.request.id), _NO_PAYLOAD
@@ -609,7 +618,7 @@ class Server(threading.Thread):
     def _writable(self, ref: wire.StreamRef) -> LiveStream:
         stream = self._recorder.find(ref.key)
         if stream is None or stream.store.is_finished:
-            raise ProtocolError(
+            raise StreamNotOpen(
                 f"stream {run_key(ref.experiment, ref.run)}/{ref.data_source} is not open for writing; start it first"
             )
         return stream

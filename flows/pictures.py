@@ -38,6 +38,7 @@ def draw_frame(
     extent = (0, sums.shape[1] * factor, sums.shape[0] * factor, 0)
     colours = plt.get_cmap("gray_r").with_extremes(bad="#cfd8e6")
     axes.imshow(image, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="nearest")
+    axes.autoscale(False)
     if reflections is not None and len(reflections):
         axes.scatter(
             reflections["x"],
@@ -51,7 +52,7 @@ def draw_frame(
     axes.scatter(peaks["x"], peaks["y"], s=46, facecolors="none", edgecolors="#d62728", linewidths=0.9)
     if header.detector is not None:
         axes.plot(header.detector.beam_center_x, header.detector.beam_center_y, "+", color="#2ca02c", markersize=9)
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{title}\ncircles: peaks found; squares: predicted from the lattice; cross: beam", fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
     figure.tight_layout(pad=0.4)

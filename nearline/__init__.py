@@ -13,6 +13,7 @@ service running.
 from __future__ import annotations
 
 import os
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,13 @@ _HOMES = {
 }
 
 
-def open(run: str | Path, *, service: str | None = None, root: str | Path | None = None) -> Run:
+def open(
+    run: str | Path,
+    *,
+    service: str | None = None,
+    root: str | Path | None = None,
+    wait: float = 0.0,
+) -> Run:
     """Open a run, live or finished.
 
     Parameters
@@ -42,10 +49,20 @@ def open(run: str | Path, *, service: str | None = None, root: str | Path | None
     run : ``experiment/number``; ``tcp://host:port/experiment/number``; or the path of a run folder.
     service : address of the service to ask; by default ``NEARLINE_SERVICE``, or the one on this machine.
     root : data folder to look in when no service answers; by default ``NEARLINE_ROOT``.
+    wait : seconds to wait for a run that has not begun yet.
     """
+    from storage.errors import RunNotFound, ServiceUnavailable
     from streaming.retrieval import open_run
 
-    return open_run(run, service=service or os.environ.get("NEARLINE_SERVICE"), root=root or _root_from_environment())
+    service = service or os.environ.get("NEARLINE_SERVICE")
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            return open_run(run, service=service, root=root or _root_from_environment())
+        except (RunNotFound, ServiceUnavailable):
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
 
 
 def producer(experiment: str, data_source: str, *, service: str | None = None, ack: str = "stored") -> Producer:

@@ -51,8 +51,11 @@ def main() -> None:
     except NearlineError as error:
         errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
     except KeyboardInterrupt:
-        errors.print("interrupted")
+        errors.print("interrupted; the same command goes on where it stopped, where there was anything to keep")
         sys.exit(130)
 
 
@@ -222,7 +225,12 @@ def process(
     request = ProcessRequest(
         run=run, recipe=content, data_source=source, service=service, root=str(root) if root else None, **options
     )
-    use_prefect = bool(os.environ.get("PREFECT_API_URL")) if prefect is None else prefect
+    has_server = bool(os.environ.get("PREFECT_API_URL"))
+    if prefect and not has_server:
+        raise typer.BadParameter(
+            "--prefect needs the server's address in PREFECT_API_URL, e.g. http://127.0.0.1:4200/api"
+        )
+    use_prefect = has_server if prefect is None else prefect
     summary = show.run_with_prefect(request) if use_prefect else show.run_with_bar(request, errors)
     show.processing_summary(console, summary, as_json)
 
@@ -242,6 +250,8 @@ def export(
     """Write a run's frames to a NeXus (NXmx) file, byte for byte as the detector compressed them."""
     from flows.exports import export_stream
 
+    if not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"no folder {output.absolute().parent} to write {output.name} into; make it first")
     opened = show.open_run(run, service, root)
     stream = opened[source] if source else opened.detector
     with show.StageBars(errors) as bars:
@@ -306,6 +316,8 @@ def rebuild_catalog(
     """Make the catalog anew from the run folders."""
     from storage.catalog import Catalog, default_url
 
+    if not root.is_dir():
+        raise typer.BadParameter(f"no data folder {root}; name it with --root")
     index = Catalog(catalog or default_url(root))
     console.print(f"{index.rebuild(root.absolute())} runs in the catalog of {root}")
     index.close()
@@ -327,7 +339,7 @@ def demo(
     ),
     frames: Annotated[int, typer.Option(help="Frames to simulate.")] = 300,
     rate: Annotated[float, typer.Option(help="Frames per second.")] = 20.0,
-    size: Annotated[str, typer.Option(help="Detector to simulate: 512, 1M, 4M, 16M.")] = "4M",
+    size: Annotated[str, typer.Option(help="Detector to simulate: 512, 1M, 4M, 9M, 16M, or SLOWxFAST in px.")] = "4M",
     keep: Annotated[bool, typer.Option("--keep", help="Leave server and service up until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -337,7 +349,12 @@ def demo(
     """
     from nearline.demo import DemoSettings, run_demo
 
-    settings = DemoSettings(
+    if not real and (cell or space_group):
+        raise typer.BadParameter("--cell and --space-group go with --real; the simulated crystal is lysozyme")
+    if real and not real.exists():
+        raise typer.BadParameter(f"no folder or file {real}; --real takes CBF or NeXus files")
+    settings = show.validated(
+        DemoSettings,
         folder=folder.absolute(),
         real=real,
         cell=cell,

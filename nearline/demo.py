@@ -60,7 +60,7 @@ class DemoSettings(Model):
     def unit_cell(self) -> UnitCell | None:
         """The cell to index with; lysozyme's for the simulated crystal."""
         if self.real:
-            return read_cell(self.cell, self.space_group) if self.cell else None
+            return show.read_unit_cell(self.cell, self.space_group)
         defaults = SimulatorSettings()
         return read_cell(defaults.cell, defaults.space_group)
 
@@ -98,7 +98,7 @@ class _View:
         hit_rate = f"{100 * self.hits / self.processed:.1f} % of frames" if self.processed else "–"
         indexing = f"{100 * self.indexed / self.hits:.1f} % of hits" if self.hits else "–"
         rates = f"hit rate {hit_rate}   indexing rate {indexing}   lag {max(self.stored - self.processed, 0)} frames"
-        return Group(*self.lines, table, rates)
+        return Group(*self.lines, table, rates, "")
 
 
 def run_demo(settings: DemoSettings, console: Console, *, as_json: bool = False) -> bool:
@@ -336,13 +336,17 @@ class _Demo:
         command, python = _short(Path(sys.executable).parent / "nearline"), _short(Path(sys.executable))
         return [
             f"{command} info {folder}",
-            f"{python} -c \"import nearline; print(nearline.open('{folder}')['{_SOURCE}'][0].data.mean())\"",
-            f"{command} demo --keep{self._real_options()}   # again, with the Prefect UI left up to look around",
+            f"{python} -c \"import nearline; print(nearline.open('{folder}')['{_SOURCE}'][0].data.shape)\"",
+            f"export NEARLINE_SERVICE={self._service}   # then `{command} status`, `{command} runs`"
+            if self._settings.keep
+            else f"{command} demo --keep{self._real_options()}   # again, with the Prefect UI left up to look around",
         ]
 
     def _real_options(self) -> str:
         s = self._settings
-        values = {"--real": s.real, "--cell": s.cell, "--space-group": s.space_group}
+        values: dict[str, Any] = {"--real": s.real, "--cell": s.cell, "--space-group": s.space_group}
+        if s.folder != Path("build/demo").absolute():
+            values["--folder"] = _short(s.folder)
         return "".join(f" {name} {shlex.quote(str(value))}" for name, value in values.items() if value)
 
     def _keep(self) -> None:

@@ -1,9 +1,9 @@
 """What the command line reads and shows: arguments into settings, results into tables."""
 
 import json
+import logging
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,11 +16,10 @@ from rich.table import Table
 
 import nearline
 from nearline.prefect_server import is_healthy
-from storage.errors import RunNotFound, ServiceUnavailable
+from storage.errors import ServiceUnavailable
 from storage.names import parse_run_key
 
 M = TypeVar("M", bound=BaseModel)
-_LOOK_AGAIN_S = 0.3
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -60,15 +59,26 @@ def header_overrides(distance: float | None, wavelength: float | None, beam_cent
 def recipe_from(recipe: Path | None, cell: str | None, space_group: str | None) -> Any:
     """The recipe named, or the preset with this cell."""
     from tasks.recipe import crystallography, load_recipe
-    from tasks.unit_cell import read_cell
 
     if recipe is not None:
         if cell:
             raise typer.BadParameter("give --recipe or --cell, not both; a recipe holds its cell under sample:")
         return load_recipe(recipe)
-    if space_group and not cell:
-        raise typer.BadParameter("--space-group needs a --cell")
-    return crystallography(read_cell(cell, space_group) if cell else None)
+    return crystallography(read_unit_cell(cell, space_group))
+
+
+def read_unit_cell(cell: str | None, space_group: str | None) -> Any:
+    """The cell named, or None; six numbers say nothing of the symmetry, so they need a space group."""
+    from tasks.unit_cell import read_cell
+
+    if cell is None:
+        if space_group:
+            raise typer.BadParameter("--space-group needs a --cell")
+        return None
+    found = read_cell(cell, space_group)
+    if space_group is None and not Path(cell).is_file():
+        raise typer.BadParameter("a cell in numbers needs --space-group, e.g. 'P 43 21 2' ('P 1' for triclinic)")
+    return found
 
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -81,15 +91,7 @@ def open_run(run: str, service: str | None, root: Path | None) -> Any:
 
 def wait_for_run(run: str, service: str | None, root: Path | None, wait: float) -> None:
     """Return once the run exists; RunNotFound after ``wait`` s."""
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            open_run(run, service, root)
-            return
-        except RunNotFound:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_LOOK_AGAIN_S)
+    nearline.open(run, service=service, root=None if service else root, wait=wait)
 
 
 def list_runs(experiment: str | None, service: str | None, root: Path | None) -> list[dict[str, Any]]:
@@ -116,11 +118,11 @@ def run_list(console: Console, rows: list[dict[str, Any]], as_json: bool) -> Non
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("run", "started", "state", "sample", "folder")
+    table = Table("run", "started", "state", "sample")
     for row in rows:
         name = f"{row['experiment']}/{row['run']}"
-        table.add_row(name, row["started_at"][:19], row["state"], row.get("sample") or "", row["folder"])
-    console.print(table if rows else "no runs yet; `nearline serve` takes them")
+        table.add_row(name, row["started_at"][:19], row["state"], row.get("sample") or "")
+    console.print(table if rows else "no runs here; `nearline serve` takes them, --root names another data folder")
 
 
 def run_info(console: Console, run: Any, as_json: bool) -> None:
@@ -158,12 +160,18 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         content = {name: x.model_dump(mode="json") | {"problems": x.problems} for name, x in found.items()}
         print(json.dumps({"run": run.name, "state": run.state.value, "is_balanced": is_balanced, "ledger": content}))
         return is_balanced
-    columns = ("planned", "announced", "received", "stored", "missing", "rejected", "duplicate", "late", "pending")
-    table = Table("data source", *columns)
-    for name, ledger in found.items():
-        table.add_row(name, *(str(getattr(ledger, column)) for column in columns))
+    fields = ("planned", "announced", "received", "stored", "missing", "rejected", "duplicate", "late", "pending")
+    table = Table("frames", *found)
+    for field in fields:
+        table.add_row(field, *(str(getattr(ledger, field)) for ledger in found.values()))
     console.print(table)
     for name, ledger in found.items():
+        if ledger.is_terminal and ledger.planned > ledger.announced:
+            console.print(
+                f"{name}: {ledger.planned - ledger.announced} of the {ledger.planned} planned frames were never "
+                "announced: not taken, or lost at the end",
+                highlight=False,
+            )
         for part in ledger.ranges:
             frames = f"frame {part.start}" if part.stop == part.start + 1 else f"frames {part.start}–{part.stop - 1}"
             console.print(f"{name}: {frames} {part.state}: {part.cause}", highlight=False)
@@ -277,6 +285,8 @@ def run_with_bar(request: Any, console: Console) -> dict[str, Any]:
     """Process with no server, showing a bar."""
     from flows.run_processing import run_processing
 
+    # The bar says it all; the log lines are for a flow run's page.
+    logging.getLogger("nearline.process").setLevel(logging.WARNING)
     with StageBars(console) as bars:
         return run_processing(request, reporter=_BarReporter(bars.update))
 
@@ -293,8 +303,8 @@ class _BarReporter:
         if progress.planned:
             self._update("frames processed", progress.chunk.stop, progress.planned)
         self._update(
-            f"chunk {progress.chunk.chunk}: {totals.hits} hits ({100 * totals.hit_rate:.1f} % of frames), "
-            f"{totals.indexed} indexed ({100 * totals.indexing_rate:.1f} % of hits), lag {progress.lag_frames} frames",
+            f"to frame {progress.chunk.stop - 1}: {totals.hits} hits ({100 * totals.hit_rate:.1f} %), "
+            f"{totals.indexed} indexed ({100 * totals.indexing_rate:.1f} % of hits)",
             0,
             0,
         )

@@ -7,6 +7,7 @@ processing is a manifest: for each chunk the digests of its steps.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from storage.names import check_name
 
 __all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
 
+log = logging.getLogger("nearline.steps")
+
 Tables = dict[str, pa.Table]
 
 
@@ -40,7 +43,14 @@ class StepStore:
         folder = self._root / digest
         if not (folder / "step.json").exists():
             return None
-        return {path.stem: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))}
+        try:
+            names = json.loads((folder / "step.json").read_bytes())["tables"]
+            return {name: pq.read_table(folder / f"{name}.parquet") for name in names}
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            # Damaged from outside: it can be computed again, so it is.
+            log.warning("step output %s is damaged and will be computed again: %s", folder, error)
+            shutil.rmtree(folder)
+            return None
 
     def read(self, digest: str, table: str) -> pa.Table | None:
         """One table of a step output; None if the step makes no such table."""
@@ -54,7 +64,8 @@ class StepStore:
         try:
             for name, table in tables.items():
                 publish(aside / f"{check_name(name, 'table')}.parquet", table_bytes(table))
-            publish(aside / "step.json", json.dumps(key, indent=1, sort_keys=True, default=str).encode())
+            content = key | {"tables": sorted(tables)}
+            publish(aside / "step.json", json.dumps(content, indent=1, sort_keys=True, default=str).encode())
             aside.rename(self._root / digest)
         except OSError:
             # Someone else was faster; the same digest means the same content. Anything else is a failure.

@@ -530,7 +530,9 @@ class Recorder:
 
     def _abort_all(self) -> None:
         for stream in list(self._streams.values()):
-            self._finish(stream, 0, "service stopped")
+            # Analysis goes on when a service is back; only what a detector sends is over.
+            if stream.header.parent is None or stream.is_ended:
+                self._finish(stream, 0, "service stopped")
 
     def _sync_loop(self) -> None:
         while not self._stopping.wait(_SYNC_INTERVAL_S):
@@ -547,6 +549,9 @@ class Recorder:
         for name in names:
             try:
                 stream = LiveStream(StreamStore.recover(folder, name), folder, lost_until=None)
+            except StreamOwned as error:
+                log.error("%s", error)
+                continue
             except Exception:
                 # One damaged run, or one that another service writes, must not keep this one from starting.
                 log.exception("could not take over %s in %s; it is left as it is", name, folder.path)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from storage.codec import decode
-from storage.errors import FrameMissing, RunNotFound, StreamNotFound
+from storage.errors import CorruptFrame, FrameMissing, RunNotFound, StreamNotFound
 from storage.frame import FrameInfo, RawFrame
 from storage.geometry import Geometry
 from storage.models import RunHeader, RunState, StreamHeader
@@ -254,11 +254,22 @@ class Stream:
         return None if raw is None else Frame(raw, self.header)
 
     def chunks(self, *, start: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
-        """Sealed chunks in order, waiting for those to come, until the run has ended."""
+        """Sealed chunks in order, waiting for those to come, until the run has ended.
+
+        Raises
+        ------
+        CorruptFrame : the run has ended, and a chunk of it has no commit.
+        """
         number = start
         while (commit := self.source.wait_chunk(number, timeout)) is not None:
             yield Chunk(self, commit)
             number += 1
+        status, first = self.status, number * self.header.frames_per_chunk
+        if status.is_terminal and self.source.ledger().is_terminal and first < status.announced:
+            raise CorruptFrame(
+                f"the commit of chunk {number} of {self.header.experiment}/{self.header.run}/{self.name} is gone, so "
+                f"frames from {first} on cannot be processed; restore {number:05d}.json from a copy"
+            )
 
     def ledger(self) -> StreamLedger:
         """Every frame accounted for."""

@@ -118,4 +118,5 @@ def usable_mask(pixel_mask: np.ndarray | None, shape: tuple[int, ...], user_mask
                 f"the recipe's mask has shape {user_mask.shape}, the frames {tuple(shape)}; make one for this detector"
             )
         mask |= user_mask != 0
+    mask.flags.writeable = False  # shared by all steps, and part of their identity
     return mask

@@ -18,7 +18,7 @@ from storage.errors import BadRecipe
 from storage.geometry import override_detector
 from storage.masks import array_digest
 from storage.models import DetectorHeader, Model
-from tasks.steps import STEPS, find_function
+from tasks.steps import STEPS, check_user_step
 from tasks.unit_cell import UnitCell, read_cell
 
 __all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
@@ -189,7 +189,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def _check_step(step: StepSpec, recipe: Recipe) -> None:
     """The step exists and takes these parameters."""
     if ":" in step.use:
-        find_function(step.use)
+        check_user_step(step.use, step.params)
     elif step.use not in STEPS:
         raise ValueError(f"no step {step.use!r}; there are {', '.join(STEPS)}, or write package:function")
     else:

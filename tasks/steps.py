@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -57,6 +58,10 @@ class BinParams:
     factor: int = 4
     feed_next: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor <= 64:
+            raise BadRecipe(f"binning factor {self.factor} is not between 1 and 64")
+
 
 @dataclass(frozen=True)
 class FindPeaksParams(PeakParams):
@@ -97,6 +102,10 @@ class Step:
         unknown = sorted(set(given) - known)
         if unknown:
             raise ValueError(f"unknown parameter {', '.join(unknown)}; this step knows {', '.join(sorted(known))}")
+        for name, value in given.items():
+            is_infinite = isinstance(value, float) and not math.isfinite(value)
+            if is_infinite and value != getattr(self.params, name, None):
+                raise ValueError(f"{name}: {value} is not a usable number")
         try:
             return TypeAdapter(self.params).validate_python(dict(given))
         except ValidationError as error:
@@ -143,7 +152,18 @@ def find_function(name: str) -> Callable[..., Mapping[str, Any]]:
         raise BadRecipe(
             f"cannot import step {name!r}: {error}; write package:function, and put its folder on PYTHONPATH"
         ) from None
+    if not callable(function):
+        raise BadRecipe(f"step {name!r} is not a function but a {type(function).__name__}")
     return function
+
+
+def check_user_step(name: str, params: Mapping[str, Any]) -> None:
+    """Refuse a user's step that cannot be imported or does not take these parameters."""
+    function = find_function(name)
+    try:
+        inspect.signature(function).bind(None, **params)
+    except TypeError as error:
+        raise ValueError(f"step {name} cannot be called with these params: {error}") from None
 
 
 def user_step(name: str) -> Step:
@@ -151,7 +171,14 @@ def user_step(name: str) -> Step:
     function = find_function(name)
 
     def run(chunk: ChunkFrames, params: dict[str, Any], cell: UnitCell | None, upstream: Upstream) -> Tables:
-        return {"frames": _columns_of(chunk, function(chunk, **params), name)}
+        try:
+            result = function(chunk, **params)
+        except Exception as error:
+            raise BadRecipe(
+                f"step {name} failed on frames {chunk.frame_index[0]} to {chunk.frame_index[-1]} "
+                f"with {type(error).__name__}: {error}"
+            ) from error
+        return {"frames": _columns_of(chunk, result, name)}
 
     module = inspect.getmodule(function)
     step = Step(dict, run, (module,) if module else ())
@@ -165,6 +192,11 @@ def _columns_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> pa.
     columns: dict[str, Any] = {"frame_index": chunk.frame_index}
     for column, values in result.items():
         values = np.asarray(values)
+        if column == "frame_index" or values.dtype.kind not in "biufSU":
+            raise BadRecipe(
+                f"step {name} returned column {column!r} of {values.dtype}; return numbers, booleans or text, "
+                "and leave frame_index to us"
+            )
         if values.shape != (len(chunk),):
             raise BadRecipe(
                 f"step {name} returned column {column!r} of shape {values.shape} for {len(chunk)} frames; "

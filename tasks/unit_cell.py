@@ -50,6 +50,8 @@ _SYMMORPHIC = {
     "cubic": "{c} 4 3 2",
 }
 _MONOCLINIC_BY_AXIS = {"a": "{c} 2 1 1", "b": "{c} 1 2 1", "c": "{c} 1 1 2"}
+# Of a sphere of reflections: bounds memory to about 4 GB.
+_MOST_REFLECTIONS = 3e7
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _SIX_NUMBERS = re.compile(rf"\s*\(?\s*{_NUMBER}(?:[\s,]+{_NUMBER}){{5}}\s*\)?\s*")
 
@@ -146,6 +148,9 @@ class UnitCell:
 
         Screw and glide absences are kept: whether they are seen is for merging to say.
         """
+        expected = 4 / 3 * np.pi * q_max**3 * self.volume
+        if not expected <= _MOST_REFLECTIONS:
+            raise BadCell(f"about {expected:.1e} reflections to d = {1 / q_max:g} Å are too many; raise d_min")
         limits = np.floor(q_max * np.linalg.norm(np.linalg.inv(self.B), axis=1)).astype(int)
         h = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in limits), indexing="ij"), -1).reshape(-1, 3)
         squared = ((h @ self.B.T) ** 2).sum(1)

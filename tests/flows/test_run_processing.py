@@ -16,7 +16,7 @@ from nearline.children import free_port
 from nearline.truth import compare_with_truth
 from storage.codec import encode
 from storage.crystfel import read_stream
-from storage.errors import BadRecipe, ProcessingBusy
+from storage.errors import BadRecipe, CorruptFrame, ProcessingBusy
 from storage.models import StreamHeader
 from storage.step_store import Processing
 from streaming.producer import Producer
@@ -224,7 +224,10 @@ BAD_RECIPES = [
     ({"steps": [{"use": "index"}]}, "needs sample"),
     ({"steps": [{"use": "nowhere.at_all:f"}]}, "cannot import step"),
     ({"steps": [{"use": "bin"}, {"use": "bin"}]}, "appear twice"),
-    ({"detector": {"distance": 0.1}}, "no field"),
+    ({"detector": {"distance": 0.1}}, "no .*field.* distance"),
+    ({"detector": {"detector_distance": -1.0}}, "impossible detector values"),
+    ({"steps": [{"use": "find_peaks", "params": {"threshold": float("nan")}}]}, "not a usable number"),
+    ({"steps": [{"use": "bin", "params": {"factor": 0}}]}, "factor 0"),
     ({"sample": {"cell": "no-such.cell", "space_group": "P 1"}}, "neither a file nor six numbers"),
     ({"stepps": []}, "stepps"),
 ]
@@ -245,3 +248,11 @@ def test_processing_needs_no_prefect(simulated_run, recipe, tmp_path):
     content = json.dumps({"steps": [{"use": "find_peaks"}], "export": {"nexus": "none", "crystfel": False}})
     out = subprocess.run([sys.executable, "-c", code, str(folder), content], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("False")
+
+
+def test_a_missing_commit_is_no_end_of_the_run(simulated_run, recipe, tmp_path):
+    folder = simulated_run.copy_to(tmp_path)
+    (folder / "eiger.chunks" / "00001.json").unlink()
+    with pytest.raises(CorruptFrame, match="the commit of chunk 1"):
+        run_processing(request(folder, recipe))
+    assert not Processing(folder, "p1").is_finished

@@ -93,3 +93,17 @@ Processing(Path(sys.argv[1]), "p1").claim(); print("claimed", flush=True); sys.s
         worker.kill()
         worker.wait()
     assert Processing(tmp_path, "p1").claim() > 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_output_counts_as_not_computed(tmp_path, damage):
+    steps = StepStore(tmp_path)
+    steps.save("abc", {}, TABLES)
+    table = tmp_path / "steps" / "abc" / "peaks.parquet"
+    if damage == "missing":
+        table.unlink()
+    else:
+        table.write_bytes(table.read_bytes()[:20])
+    assert steps.load("abc") is None
+    steps.save("abc", {}, TABLES)
+    assert steps.load("abc") == TABLES

@@ -262,11 +262,9 @@ class StreamStore:
         for journal in list(self._journals.values()):
             journal.sync()
 
-    def ledger(self, buffered: int = 0) -> StreamLedger:
-        """The account of this stream now; ``buffered`` frames are pending here but in memory."""
-        return build_ledger(
-            self.header, self.states, self.duplicate, self.late, is_terminal=self.is_finished, buffered=buffered
-        )
+    def ledger(self) -> StreamLedger:
+        """The account of this stream now."""
+        return build_ledger(self.header, self.states, self.duplicate, self.late, is_terminal=self.is_finished)
 
     def close(self) -> None:
         """Give the stream up; open journals stay as they are and can be recovered."""
@@ -363,7 +361,6 @@ def build_ledger(
     late: int,
     *,
     is_terminal: bool,
-    buffered: int = 0,
 ) -> StreamLedger:
     """The ledger that the states of all indices add up to."""
     stored = states.count(FrameState.stored)
@@ -371,13 +368,12 @@ def build_ledger(
         data_source=header.data_source,
         planned=header.planned,
         announced=states.announced,
-        received=stored + buffered,
+        received=stored,
         missing=states.count(FrameState.missing),
         rejected=states.count(FrameState.rejected),
-        pending=states.count(FrameState.pending) - buffered,
+        pending=states.count(FrameState.pending),
         duplicate=duplicate,
         late=late,
-        buffered=buffered,
         stored=stored,
         ranges=[r for r in states.ranges() if r.state in ("missing", "rejected")],
         is_terminal=is_terminal,

@@ -533,6 +533,8 @@ class Recorder:
             # Analysis goes on when a service is back; only what a detector sends is over.
             if stream.header.parent is None or stream.is_ended:
                 self._finish(stream, 0, "service stopped")
+            else:
+                stream.store.sync()
 
     def _sync_loop(self) -> None:
         while not self._stopping.wait(_SYNC_INTERVAL_S):

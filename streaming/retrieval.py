@@ -265,7 +265,15 @@ class Stream:
             yield Chunk(self, commit)
             number += 1
         status, first = self.status, number * self.header.frames_per_chunk
-        if status.is_terminal and self.source.ledger().is_terminal and first < status.announced:
+        if not status.is_terminal or first >= status.announced:
+            return
+        if not self.source.ledger().is_terminal:
+            log.warning(
+                "%s/%s/%s was interrupted: frames from %d on are in a chunk that was never sealed; "
+                "a service started on this data folder takes the run up and seals it",
+                self.header.experiment, self.header.run, self.name, first,
+            )  # fmt: skip
+        else:
             raise CorruptFrame(
                 f"the commit of chunk {number} of {self.header.experiment}/{self.header.run}/{self.name} is gone, so "
                 f"frames from {first} on cannot be processed; restore {number:05d}.json from a copy"

@@ -162,3 +162,17 @@ def test_results_of_an_ended_run_go_on_after_a_restart(tmp_path):
         stream = open_run(f"{bind}/lyso/1")["eiger.results@p1"]
         assert [(row.frame_index, row.meta["n_peaks"]) for row in stream] == [(0, 3), (1, 4), (2, 5)]
         assert stream.ledger().is_balanced
+
+
+def test_an_interrupted_run_says_what_is_not_in_a_chunk(tmp_path, caplog):
+    with serving(tmp_path) as service:
+        with Producer(service.address, "lyso", "eiger") as producer:
+            out = producer.run()
+            out.start(header("eiger"))
+            for index in range(6):
+                out.send(pixels(index))
+        _crash(service)
+    stream = open_run(tmp_path / "lyso" / "1")["eiger"]
+    assert [(chunk.start, chunk.stop) for chunk in stream.chunks()] == [(0, 4)]
+    assert "frames from 4 on" in caplog.text
+    assert len(list(stream)) == 6

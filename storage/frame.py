@@ -29,6 +29,9 @@ class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
     Detector times are ticks of a clock with ``tick_rate`` Hz; ``utc_ns`` is the best estimate of
     the exposure's start in ns since 1970, ``utc_source`` says where it comes from and
     ``utc_uncertainty_ns`` how far it may be off. ``received_ns`` is the receiver's clock.
+    ``producer`` and ``sequence`` name one sending, so that a retry is known as one. ``part`` is
+    the detector module, counted from 0, of a frame that comes in parts; ``late`` says that the
+    frame came after its chunk was sealed without it.
     """
 
     frame_index: int
@@ -49,6 +52,8 @@ class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
     producer: str = ""
     sequence: _Int64 | None = None
     meta: dict[str, Any] = {}
+    part: int = 0
+    late: bool = False
 
 
 class RawFrame(msgspec.Struct):

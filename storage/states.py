@@ -12,7 +12,7 @@ from pydantic import Field
 
 from storage.models import Record
 
-__all__ = ["FrameState", "IndexStates", "StateRange", "StreamLedger"]
+__all__ = ["READABLE", "FrameState", "IndexStates", "StateRange", "StreamLedger"]
 
 
 class FrameState(IntEnum):
@@ -22,6 +22,19 @@ class FrameState(IntEnum):
     stored = 1
     missing = 2
     rejected = 3
+    # Came after its chunk was sealed without it; kept in an amendment segment.
+    late = 4
+    # Some of its parts came, the others never did.
+    incomplete = 5
+    # Was in memory only, of a stream that is not written to disk, and had to make room.
+    pruned = 6
+
+
+# A frame that can be read, whole or in part.
+READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete)
+
+
+_IS_READABLE = np.array([state in READABLE for state in FrameState])
 
 
 class StateRange(Record):
@@ -46,6 +59,8 @@ class IndexStates:
         self._causes: list[str] = ["unknown"]
         self._cause_numbers: dict[str, int] = {}
         self.announced = 0
+        # Frames that came late, in the order they came: a group that has passed them still gets them.
+        self.late_order: list[int] = []
         self._watermark = 0
 
     def __getitem__(self, index: int) -> FrameState:
@@ -56,6 +71,17 @@ class IndexStates:
         self.announce(stop)
         self._cause_of[start:stop] = self._number_of(state, cause)
         self._codes[start:stop] = state
+        if state is FrameState.late:
+            self.late_order.extend(range(start, stop))
+
+    def is_readable(self, index: int) -> bool:
+        """Whether a frame is there to be read, whole or in part."""
+        return self[index] in READABLE
+
+    def readable(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The announced indices whose frames can be read, rising, int64."""
+        start, stop = self._announced_range(start, stop)
+        return np.flatnonzero(_IS_READABLE[self._codes[start:stop]]) + start
 
     def account(self, start: int, stop: int, state: FrameState, cause: str | None) -> None:
         """Put those indices of a range that are still pending into a state."""

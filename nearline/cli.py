@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from nearline import show
+from nearline import show, token_commands
+from nearline.options import AsJson, Root, Service
 from storage.errors import NearlineError
 
 __all__ = ["app", "main"]
@@ -29,12 +30,6 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Root = Annotated[Path, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")]
-Service = Annotated[
-    str | None,
-    typer.Option(envvar="NEARLINE_SERVICE", help="Address of the service; by default the one on this machine."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for scripts.")]
 RunName = Annotated[str, typer.Argument(help="experiment/number, such as lyso-2026/17, or the path of a run folder.")]
 Source = Annotated[str | None, typer.Option(help="Data source; needed only if the run has several detectors.")]
 CellOption = Annotated[
@@ -306,6 +301,7 @@ def ledger(
 
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every fact in it is in the run folders.")
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(token_commands.app, name="token")
 
 
 @catalog_app.command("rebuild")

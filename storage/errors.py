@@ -4,12 +4,14 @@ Every message carries the offending value and ends with what to do next.
 """
 
 __all__ = [
+    "AccessDenied",
     "BadFrame",
     "BadMessage",
     "BadName",
     "BadRecipe",
     "BufferFull",
     "CorruptFrame",
+    "CredentialsUnusable",
     "FrameMissing",
     "FrameNotYetAvailable",
     "FrameTooLate",
@@ -125,3 +127,11 @@ class SourceBusy(NearlineError, OSError):
 
 class OutputExists(NearlineError, FileExistsError):
     """A file that would have to be replaced; say so to replace it."""
+
+
+class AccessDenied(NearlineError):
+    """No token, a token that is not valid here, or one that does not reach so far."""
+
+
+class CredentialsUnusable(NearlineError):
+    """A file with a key or token that is missing, damaged, or open to other users."""

@@ -221,13 +221,15 @@ def _problems(words: list[str]) -> list[str]:
         return [f"make {word}" for word in words[1:] if word not in targets and "=" not in word]
     if Path(words[0]).name != "nearline":
         return []
-    group = typer.main.get_command(app)
-    command = group.commands.get(words[1])
-    if command is None:
-        return [f"no command nearline {words[1]}"]
+    command, rest = typer.main.get_command(app), words[1:]
+    while rest and hasattr(command, "commands"):
+        command = command.commands.get(rest[0])
+        if command is None:
+            return [f"no command nearline {' '.join(words[1:])}"]
+        rest = rest[1:]
     known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
-    used = [word.partition("=")[0] for word in words[2:] if re.match(r"--?[a-z]", word)]
-    return [f"nearline {words[1]} has no {option}" for option in used if option not in known]
+    used = [word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)]
+    return [f"nearline {' '.join(words[1:])} has no {option}" for option in used if option not in known]
 
 
 # ---- snippets -------------------------------------------------------------------------------------

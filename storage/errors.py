@@ -19,6 +19,7 @@ __all__ = [
     "IndexConflict",
     "NearlineError",
     "OutputExists",
+    "PlaceUnavailable",
     "ProcessingBusy",
     "ProtocolError",
     "RunNotFound",
@@ -30,6 +31,7 @@ __all__ = [
     "StreamNotFound",
     "StreamNotOpen",
     "StreamOwned",
+    "UploadConflict",
 ]
 
 
@@ -117,6 +119,10 @@ class StreamOwned(NearlineError):
     """Another live process holds this stream for writing."""
 
 
+class PlaceUnavailable(NearlineError, ConnectionError):
+    """An object store, or another place behind a URL, that does not answer."""
+
+
 class ProcessingBusy(NearlineError):
     """Another process works on this processing; the message says which one."""
 
@@ -135,3 +141,7 @@ class AccessDenied(NearlineError):
 
 class CredentialsUnusable(NearlineError):
     """A file with a key or token that is missing, damaged, or open to other users."""
+
+
+class UploadConflict(NearlineError):
+    """The target of an upload holds something else under the name of this run or chunk."""

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.files import readable
 from storage.frame import FrameInfo
 
 __all__ = ["frame_table", "read_frame_table", "table_bytes"]
@@ -66,7 +67,7 @@ def table_bytes(table: pa.Table) -> bytes:
 
 def read_frame_table(path: Path) -> list[FrameInfo]:
     """The rows of one chunk's frame table, in index order."""
-    table = pq.read_table(path, columns=[*_FIELDS, _META])
+    table = pq.read_table(readable(path), columns=[*_FIELDS, _META])
     columns = [table.column(name).to_pylist() for name in _FIELDS]
     metas = table.column(_META).to_pylist()
     return [

@@ -9,8 +9,10 @@ from pathlib import Path
 import blake3
 import numpy as np
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from storage.errors import ShapeMismatch
+from storage.files import storage_options
 
 __all__ = ["PLANES", "array_digest", "read_plane", "write_plane"]
 
@@ -26,14 +28,21 @@ def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...
     """
     if plane.shape != tuple(shape):
         raise ShapeMismatch(f"{name} has shape {plane.shape}, but the frames have {tuple(shape)}; send one that fits")
-    zarr.create_array(store=str(group / name), data=np.ascontiguousarray(plane), chunks=plane.shape, overwrite=True)
+    zarr.create_array(
+        store=str(group / name),
+        data=np.ascontiguousarray(plane),
+        chunks=plane.shape,
+        # Zstandard alone would decode many a damaged byte to other pixels without a word.
+        compressors=[ZstdCodec(), Crc32cCodec()],
+        overwrite=True,
+    )
 
 
 def read_plane(group: Path, name: str) -> np.ndarray | None:
     """The plane of that name, or None where the source sent none; no other array can be had this way."""
     if name not in PLANES or not (group / name / "zarr.json").exists():
         return None
-    array = zarr.open_array(str(group / name), mode="r")
+    array = zarr.open_array(str(group / name), mode="r", storage_options=storage_options(group))
     return np.asarray(array[:])
 
 

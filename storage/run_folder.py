@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import RunNotFound, StreamNotFound, StreamOwned
-from storage.files import publish
+from storage.files import is_local, publish, remote_errors, to_path
 from storage.models import Record, RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run
 from storage.states import StateRange
@@ -120,15 +120,18 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunFolder":
-        """A run that is there.
+        """A run that is there, in a folder or behind a URL such as ``s3://bucket/lyso-2026/17``.
 
         Raises
         ------
         RunNotFound : no ``run.json`` in that folder, or one this version cannot read.
+        PlaceUnavailable : the object store did not answer.
         """
-        path = Path(path)
+        path = to_path(path)
         try:
-            return cls(path, RunHeader.model_validate_json((path / "run.json").read_bytes()))
+            with remote_errors(path):
+                content = (path / "run.json").read_bytes()
+            return cls(path, RunHeader.model_validate_json(content))
         except (FileNotFoundError, NotADirectoryError):
             raise RunNotFound(
                 f"no run in {path} (it has no run.json); give a run folder such as data/lyso-2026/17"
@@ -230,7 +233,12 @@ def _lock_soon(fd: int) -> bool:
 
 
 def has_writer(paths: StreamPaths) -> bool:
-    """Whether a live process holds the stream for writing."""
+    """Whether a live process holds the stream for writing.
+
+    An object store has no locks: there a stream counts as being written until its end has come.
+    """
+    if not is_local(paths.claims):
+        return True
     try:
         fd = os.open(paths.claims / "lock", os.O_RDONLY)
     except FileNotFoundError:

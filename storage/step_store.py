@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from storage.errors import BadRecipe, ProcessingBusy, RunNotFound
-from storage.files import publish, replace, sync_folder
+from storage.files import publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Record
 from storage.names import check_name
@@ -45,7 +45,7 @@ class StepStore:
             return None
         try:
             names = json.loads((folder / "step.json").read_bytes())["tables"]
-            return {name: pq.read_table(folder / f"{name}.parquet") for name in names}
+            return {name: pq.read_table(readable(folder / f"{name}.parquet")) for name in names}
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             # Damaged from outside: it can be computed again, so it is.
             log.warning("step output %s is damaged and will be computed again: %s", folder, error)
@@ -55,7 +55,7 @@ class StepStore:
     def read(self, digest: str, table: str) -> pa.Table | None:
         """One table of a step output; None if the step makes no such table."""
         path = self._root / digest / f"{table}.parquet"
-        return pq.read_table(path) if path.exists() else None
+        return pq.read_table(readable(path)) if path.exists() else None
 
     def save(self, digest: str, key: dict[str, Any], tables: Tables) -> None:
         """Publish a step's tables in one step, with what they were computed from."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from storage.codec import decode
 from storage.errors import CorruptFrame, FrameMissing, RunNotFound, StreamNotFound
+from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
 from storage.geometry import Geometry
 from storage.models import RunHeader, RunState, StreamHeader
@@ -309,7 +310,7 @@ class Run:
         self._folder = RunFolder.open(folder) if folder is not None else None
         content = self._describe(experiment, run)
         self.header = RunHeader.model_validate(content["header"])
-        self.folder = Path(content["folder"])
+        self.folder = self._folder.path.absolute() if self._folder else Path(content["folder"])
         self._streams: dict[str, Stream] = {}
 
     @property
@@ -406,9 +407,10 @@ def open_run(target: str | Path, *, service: str | None = None, root: str | Path
 
     Parameters
     ----------
-    target : ``experiment/number``; ``tcp://host:port/experiment/number``; or the path of a run folder.
+    target : ``experiment/number``; ``tcp://host:port/experiment/number``; the path of a run folder, or its URL,
+        such as ``s3://bucket/lyso-2026/17``.
     service : address of the service to ask; by default the one on this machine, if it runs.
-    root : data folder to look in when no service answers.
+    root : data folder (or its URL) to look in when no service answers.
 
     Raises
     ------
@@ -419,17 +421,15 @@ def open_run(target: str | Path, *, service: str | None = None, root: str | Path
         address, _, key = text.removeprefix("tcp://").partition("/")
         return _through_service(f"tcp://{address}", key)
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1
-    if (is_path or service is None) and (Path(target) / "run.json").exists():
-        return Run("", 0, None, Path(target))
-    if is_path:
-        raise RunNotFound(f"no run in {text} (it has no run.json); give a run folder such as data/lyso-2026/17")
+    if is_path or (service is None and (to_path(target) / "run.json").exists()):
+        return Run("", 0, None, to_path(target))
     experiment, number = parse_run_key(text)
     if service is not None:
         return _through_service(service, text)
     if is_reachable(DEFAULT_ADDRESS) and root is None:
         return _through_service(DEFAULT_ADDRESS, text)
-    folder = Path(root or "nearline-data") / experiment / str(number)
-    if not (folder / "run.json").exists():
+    folder = to_path(root or "nearline-data") / experiment / str(number)
+    if is_local(folder) and not (folder / "run.json").exists():
         raise RunNotFound(
             f"no run {text}: no service answers at {DEFAULT_ADDRESS}, and {folder} is not a run folder; "
             "start `nearline serve`, or give the folder's path"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "file_sizes",
     "is_local",
+    "make_folder",
     "publish",
     "publish_copy",
     "publish_file",
@@ -109,18 +110,28 @@ def publish_file(source: Path, path: Path) -> bool:
     return True
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Swap a derived file for a new version in one step."""
+def replace(path: Path, content: bytes, *, is_synced: bool = True) -> None:
+    """Swap a derived file for a new version in one step; unsynced, a power loss may leave it empty."""
     if not is_local(path):
         with remote_errors(path):
             path.write_bytes(content)
         return
-    aside = _write_aside(path, io.BytesIO(content))
+    aside = _write_aside(path, io.BytesIO(content), is_synced=is_synced)
     try:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if is_synced:
+        sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those above it, their names durable."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -189,14 +200,15 @@ def _file_system(path: Path) -> tuple[Any, str]:
     return remote.fs, remote.path
 
 
-def _write_aside(path: Path, content: IO[bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_aside(path: Path, content: IO[bytes], *, is_synced: bool = True) -> Path:
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         with open(aside, "wb") as file:
             shutil.copyfileobj(content, file, _COPY_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError:
         # On a full disk the half-written file would take the room that the next attempt needs.
         aside.unlink(missing_ok=True)

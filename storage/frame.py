@@ -14,7 +14,7 @@ import numpy as np
 from storage.codec import Buffer
 from storage.errors import BadFrame
 
-__all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest", "meta_bytes"]
+__all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest", "meta_bytes", "meta_json"]
 
 
 # What the frame table's columns can hold; a number beyond it would stop a chunk from being sealed.
@@ -117,8 +117,18 @@ def content_digest(info: FrameInfo) -> bytes:
     order or the way in which its frames arrived.
     """
     facts = [
-        info.frame_index, info.size_bytes, info.start_tick, info.stop_tick, info.tick_rate,
+        info.frame_index, info.part, info.size_bytes, info.start_tick, info.stop_tick, info.tick_rate,
         info.series_unique_id, info.series_frame, info.trigger_index,
-        json.dumps(info.meta, sort_keys=True, default=str),
     ]  # fmt: skip
-    return blake3.blake3(info.digest + json.dumps(facts).encode()).digest()
+    return blake3.blake3(info.digest + _sorted_json(facts) + meta_json(info.meta, is_sorted=True)).digest()
+
+
+def meta_json(meta: dict[str, Any], *, is_sorted: bool = False) -> bytes:
+    """A frame's metadata as JSON text, in the order of its keys or in one that does not depend on it."""
+    text = _sorted_json(meta) if is_sorted else _plain_json(meta)
+    # The fast encoder writes NaN and infinity as null; Python's writes what Python reads back.
+    return text if b"null" not in text else json.dumps(meta, sort_keys=is_sorted, default=str).encode()
+
+
+_plain_json = msgspec.json.Encoder().encode
+_sorted_json = msgspec.json.Encoder(order="deterministic").encode

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.files import readable
-from storage.frame import FrameInfo
+from storage.frame import FrameInfo, meta_json
 
 __all__ = ["frame_table", "read_frame_table", "table_bytes"]
 
@@ -55,7 +55,7 @@ def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
         values = _scalar_column([meta.get(key) for meta in metas])
         if values is not None:
             table = table.append_column(key, values)
-    return table.append_column(_META, pa.array([json.dumps(meta, default=str) for meta in metas], pa.string()))
+    return table.append_column(_META, pa.array([meta_json(meta).decode() for meta in metas], pa.string()))
 
 
 def table_bytes(table: pa.Table) -> bytes:

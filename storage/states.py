@@ -34,6 +34,7 @@ class FrameState(IntEnum):
 READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete)
 
 
+_STATES = tuple(FrameState)
 _IS_READABLE = np.array([state in READABLE for state in FrameState])
 
 
@@ -64,7 +65,7 @@ class IndexStates:
         self._watermark = 0
 
     def __getitem__(self, index: int) -> FrameState:
-        return FrameState(int(self._codes[index])) if 0 <= index < self.announced else FrameState.pending
+        return _STATES[self._codes[index]] if 0 <= index < self.announced else FrameState.pending
 
     def set(self, start: int, stop: int, state: FrameState, cause: str | None = None) -> None:
         """Put ``start <= index < stop`` into a state; the stream is announced at least to ``stop``."""
@@ -114,6 +115,11 @@ class IndexStates:
         """How many announced indices are in a state."""
         start, stop = self._announced_range(start, stop)
         return int(np.count_nonzero(self._codes[start:stop] == state))
+
+    def counts(self) -> dict[FrameState, int]:
+        """How many announced indices are in each state, at one moment: they add up while others write."""
+        numbers = np.bincount(self._codes[: self.announced], minlength=len(FrameState))
+        return dict(zip(FrameState, numbers.tolist(), strict=True))
 
     def indices(self, state: FrameState, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The announced indices in a state, rising, int64."""

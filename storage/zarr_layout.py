@@ -55,9 +55,10 @@ def array_metadata(header: StreamHeader, n_frames: int) -> dict[str, Any]:
     }
 
 
-def write_array_metadata(array: Path, header: StreamHeader, n_frames: int) -> None:
+def write_array_metadata(array: Path, header: StreamHeader, n_frames: int, *, is_synced: bool = True) -> None:
     """Publish the array's present length (by rename: readers see the old or the new one)."""
-    replace(array / "zarr.json", json.dumps(array_metadata(header, n_frames), indent=1).encode())
+    content = json.dumps(array_metadata(header, n_frames), indent=1).encode()
+    replace(array / "zarr.json", content, is_synced=is_synced)
 
 
 def write_group(group: Path, attributes: dict[str, Any]) -> None:

@@ -38,8 +38,13 @@ def row(index: int, blob: bytes, **fields) -> FrameInfo:
     return info
 
 
+def frame_of(store: StreamStore, index: int) -> tuple[FrameInfo, bytes]:
+    """A frame whose pixels follow from its index."""
+    blob = encode(pixels(index, store.header.dtype, store.header.shape), store.header.codec)
+    return row(index, blob, meta={"delay": index / 10}), blob
+
+
 def put(store: StreamStore, *indices: int) -> None:
-    """Append frames whose pixels follow from their index."""
+    """Append such frames, one by one."""
     for index in indices:
-        blob = encode(pixels(index, store.header.dtype, store.header.shape), store.header.codec)
-        store.append(row(index, blob, meta={"delay": index / 10}), blob)
+        store.append(*frame_of(store, index))

@@ -3,14 +3,16 @@
 import errno
 import itertools
 import os
+import queue
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import storage.stream_store
 from storage.codec import encode
-from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable, IndexConflict, StreamOwned
+from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable, IndexConflict, StorageFull, StreamOwned
 from storage.frame import FrameInfo
 from storage.models import RunState
 from storage.run_folder import RunFolder, has_writer
@@ -18,7 +20,7 @@ from storage.states import FrameState
 from storage.stream_source import FolderSource, state_of
 from storage.stream_store import Admission, StreamStore
 
-from .stores import new_folder, new_header, new_store, pixels, put, row
+from .stores import frame_of, new_folder, new_header, new_store, pixels, put, row
 
 
 def reopened(store: StreamStore) -> StreamStore:
@@ -28,6 +30,13 @@ def reopened(store: StreamStore) -> StreamStore:
 
 def stored(store: StreamStore) -> dict[int, bytes]:
     return {int(i): bytes(store.read(int(i)).blob) for i in store.states.indices(FrameState.stored)}
+
+
+def raising(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 def expected(*indices: int) -> dict[int, bytes]:
@@ -57,6 +66,140 @@ def test_sealing_in_portions(tmp_path):
     put(store, *range(12))
     assert [c.chunk for c in store.seal_complete(2)] == [0, 1]
     assert [c.chunk for c in store.seal_complete(2)] == [2]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 0, 2, 1], [3, 4], [7], []], ids=str)
+def test_many_at_once_are_stored_as_one_by_one(tmp_path, order):
+    store, single = new_store(tmp_path / "many"), new_store(tmp_path / "single")
+    store.append_many([frame_of(store, index) for index in order])
+    put(single, *order)
+    assert stored(store) == expected(*sorted(order))
+    assert store.states.ranges() == single.states.ranges()
+    assert stored(reopened(store)) == expected(*sorted(order))
+
+
+def test_many_large_frames_in_one_write(tmp_path):
+    store = new_store(tmp_path, frames_per_chunk=1000, shape=(), dtype="", kind="table", codec="raw")
+    frames = [(row(i, bytes([i % 256]) * 40_000), bytes([i % 256]) * 40_000) for i in range(600)]
+    store.append_many(frames)
+    assert all(store._journals[0].read(i).blob == blob for i, (_, blob) in enumerate(frames))
+
+
+def test_refused_batch_stores_nothing(tmp_path, monkeypatch):
+    """The second of two journals cannot be written: the first one is as it was before."""
+    store = new_store(tmp_path)
+    put(store, 0)
+    size, real, calls = store.paths.open_journal(0).stat().st_size, os.pwritev, []
+
+    def full(fd, pieces, at):
+        calls.append(fd)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, pieces, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", full)
+        with pytest.raises(StorageFull, match=r"no space left for 00001\.journal"):
+            store.append_many([frame_of(store, index) for index in (1, 2, 5, 6)])
+    assert [store.paths.open_journal(chunk).stat().st_size for chunk in (0, 1)] == [size, 0]
+    assert stored(store) == expected(0)
+    store.append_many([frame_of(store, index) for index in (1, 2, 5, 6)])
+    assert stored(store) == stored(reopened(store)) == expected(0, 1, 2, 5, 6)
+
+
+def test_batch_with_an_index_twice_stores_nothing(tmp_path):
+    store = new_store(tmp_path)
+    with pytest.raises(IndexConflict, match="the same frame index of eiger comes twice among 3 frames"):
+        store.append_many([frame_of(store, index) for index in (1, 2, 1)])
+    assert stored(store) == {}
+
+
+# ---- sealing beside writing ---------------------------------------------------------------------------
+
+
+def test_chunk_is_taken_once_and_is_final_from_then_on(tmp_path):
+    store = new_store(tmp_path)
+    put(store, 0, 1, 2, 4)
+    store.account(3, 4, FrameState.missing, "not received")
+    assert store.take_complete() == [0]
+    assert store.take_complete() == []
+    assert store.admit(row(3, b"")) is Admission.late, "the chunk is being sealed without it"
+    assert store.admit(frame_of(store, 2)[0]) is Admission.duplicate
+    assert stored(store) == expected(0, 1, 2, 4)
+    assert store.seal(0) == store.seal(0) == store.sealed[0]
+
+
+def test_seal_may_be_repeated_by_the_convenience(tmp_path, monkeypatch):
+    store = new_store(tmp_path)
+    put(store, *range(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.stream_store, "publish", raising(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            store.seal_complete()
+    assert stored(store) == expected(*range(8))
+    assert [c.chunk for c in store.seal_complete()] == [0, 1]
+
+
+def test_end_may_be_repeated(tmp_path, monkeypatch):
+    store = new_store(tmp_path)
+    put(store, *range(6))
+    assert store.begin_finish(7, "end") == store.begin_finish(99, "other") == [0, 1]
+    assert store.admit(row(6, b"")) is Admission.late
+    for chunk in (0, 1):
+        store.seal(chunk)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.folder, "add_event", raising(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            store.end_finish()
+    assert not store.is_finished
+    for _ in range(2):
+        store.end_finish()
+    assert store.is_finished
+    assert len(list(store.folder.events("stream_finished"))) == 1
+    assert [(r.start, r.cause) for r in store.ledger().ranges] == [(6, "end")]
+
+
+def test_frames_stay_readable_while_a_second_thread_seals(tmp_path):
+    """One thread appends, one seals, one reads whatever is stored: no read fails, nothing is lost."""
+    n, taken, failed = 600, queue.SimpleQueue(), []
+    store = new_store(tmp_path, shape=(4, 4))
+
+    def guarded(work):
+        def run():
+            try:
+                work()
+            except BaseException as error:
+                failed.append(error)
+                raise
+
+        return threading.Thread(target=run)
+
+    def publish():
+        while (chunk := taken.get()) is not None:
+            store.seal(chunk)
+
+    def read():
+        while store.states.announced < n:
+            last = store.states.announced - 1
+            for index in range(max(last - 12, 0), last + 1):
+                assert store.read(index).info.frame_index == index
+            assert store.ledger().is_balanced
+
+    threads = [guarded(publish), guarded(read), guarded(read)]
+    for index in range(3):
+        put(store, index)
+    for thread in threads:
+        thread.start()
+    for index in range(3, n):
+        put(store, index)
+        for chunk in store.take_complete():
+            taken.put(chunk)
+    taken.put(None)
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert sorted(store.sealed) == list(range(n // 4))
+    assert {i: store.read(i).blob for i in range(n)} == {i: frame_of(store, i)[1] for i in range(n)}
 
 
 def test_gaps_are_missing_with_their_cause(tmp_path):
@@ -297,7 +440,7 @@ def test_seal_on_a_full_disk_can_be_tried_again(tmp_path, monkeypatch, what):
     store = new_store(tmp_path)
     put(store, *range(4))
 
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

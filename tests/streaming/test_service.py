@@ -286,14 +286,14 @@ def test_full_disk_at_the_end_of_a_run(tmp_path, monkeypatch, what):
 
 
 def test_frame_that_cannot_be_written_is_accounted_for(tmp_path, monkeypatch):
-    real = storage.stream_store.Journal.append
+    real = storage.stream_store.Journal.write
 
-    def append(self, info, content):
-        if info.frame_index == 3:
+    def write(self, frames):
+        if any(info.frame_index == 3 for info, _ in frames):
             raise RuntimeError("bad block")
-        real(self, info, content)
+        return real(self, frames)
 
-    monkeypatch.setattr(storage.stream_store.Journal, "append", append)
+    monkeypatch.setattr(storage.stream_store.Journal, "write", write)
     with serving(tmp_path) as service, producing(service.address) as out:
         with pytest.raises(OSError, match="frame 3 of eiger could not be written"):
             out.send_many([(i, pixels(i), {}) for i in range(6)])

@@ -315,8 +315,12 @@ def rebuild_catalog(
     if not root.is_dir():
         raise typer.BadParameter(f"no data folder {root}; name it with --root")
     index = Catalog(catalog or default_url(root))
-    console.print(f"{index.rebuild(root.absolute())} runs in the catalog of {root}")
+    with show.StageBars(errors) as bars:
+        rebuilt = index.rebuild(root.absolute(), lambda done, total: bars.update("runs", done, total))
     index.close()
+    for why in rebuilt.left_out:
+        errors.print(f"left out: {why}", highlight=False, soft_wrap=True)
+    console.print(f"{rebuilt.n_runs} runs in the catalog of {root}")
 
 
 @app.command()

@@ -1,20 +1,54 @@
 """The catalog: an SQL index of runs, for listing and searching. Every fact in it is in the run folders.
 
-SQLite beside the data by default, PostgreSQL by URL; `rebuild` makes it anew from the folders.
+SQLite beside the data by default, PostgreSQL by URL, where many services write into one;
+`rebuild` makes it anew from the folders. A service writes through a `CatalogWriter`, so that no
+database can hold it up.
 """
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import BigInteger, DateTime, Engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, create_engine, delete, select
 
+from storage.errors import NearlineError
 from storage.models import RunState
 from storage.run_folder import RunFolder, find_runs
 
-__all__ = ["Catalog", "RunRow", "StreamRow", "default_url"]
+__all__ = ["Catalog", "CatalogWriter", "Rebuilt", "RunRow", "StreamRow", "default_url"]
+
+log = logging.getLogger("nearline.catalog")
+
+_INSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+# PostgreSQL, s and ms: a server that does not answer is given up, and tried again later.
+_CONNECT_TIMEOUT_S = 5
+_STATEMENT_TIMEOUT_MS = 10_000
+# Any number will do, as long as all services take the same.
+_TABLES_LOCK = 0x4E4C4341
+_FIRST_RETRY_S = 0.5
+_LAST_RETRY_S = 30.0
+
+
+class _Utc(TypeDecorator[datetime]):
+    """A moment: kept in UTC without a zone, which both databases do alike."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, _dialect: object) -> datetime | None:
+        return value and value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, _dialect: object) -> datetime | None:
+        return value and value.replace(tzinfo=UTC)
 
 
 class RunRow(SQLModel, table=True):
@@ -23,7 +57,7 @@ class RunRow(SQLModel, table=True):
     __tablename__ = "run"
     experiment: str = Field(primary_key=True)
     run: int = Field(primary_key=True)
-    started_at: datetime
+    started_at: datetime = Field(sa_type=_Utc)
     state: str = RunState.live
     sample: str | None = None
     folder: str
@@ -39,8 +73,16 @@ class StreamRow(SQLModel, table=True):
     kind: str
     parent: str | None = None
     series_unique_id: str | None = Field(default=None, index=True)
-    planned: int = 0
-    announced: int = 0
+    planned: int = Field(default=0, sa_type=BigInteger)
+    announced: int = Field(default=0, sa_type=BigInteger)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild took in, and what it had to leave out, in words."""
+
+    n_runs: int
+    left_out: list[str]
 
 
 def default_url(root: Path) -> str:
@@ -49,30 +91,29 @@ def default_url(root: Path) -> str:
 
 
 class Catalog:
-    """Opened once per process; safe from any thread."""
+    """Opened once per process; safe from any thread. Nothing is asked of the database before it is needed."""
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url)
+        self._engine = create_engine(url, **_engine_options(url))
         if self._engine.dialect.name == "sqlite":
             _use_wal(self._engine)
-        SQLModel.metadata.create_all(self._engine, tables=[RunRow.__table__, StreamRow.__table__])  # type: ignore[attr-defined]
+        self._has_tables = False
+        self._lock = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """Where it is, without a password."""
+        return self._engine.url.render_as_string(hide_password=True)
 
     def record(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
-        """Bring the rows of one run up to what its folder says."""
-        header = folder.header
-        with self._session() as session:
-            session.merge(
-                RunRow(
-                    experiment=header.experiment,
-                    run=header.run,
-                    started_at=header.started_at,
-                    state=folder.state,
-                    sample=header.sample,
-                    folder=str(folder.path),
-                )
-            )
-            for name in folder.data_sources():
-                session.merge(_stream_row(folder, name, (announced or {}).get(name)))
+        """Bring the rows of one run up to what its folder says.
+
+        Raises
+        ------
+        DamagedFile : a header, event or commit of the run cannot be read.
+        """
+        streams = [_stream_row(folder, name, (announced or {}).get(name)) for name in folder.data_sources()]
+        self._write(_run_row(folder), streams)
 
     def runs(self, experiment: str | None = None) -> list[RunRow]:
         """All runs, or those of one experiment, by experiment and number."""
@@ -86,27 +127,192 @@ class Catalog:
         """The data sources of one run."""
         query = select(StreamRow).where(StreamRow.experiment == experiment, StreamRow.run == run)
         with self._session() as session:
-            return list(session.exec(query))
+            return sorted(session.exec(query), key=lambda row: row.data_source)
 
-    def rebuild(self, root: Path) -> int:
-        """Forget everything and read it again from the run folders below ``root``; the number of runs."""
-        with self._session() as session:
-            session.exec(delete(StreamRow))
-            session.exec(delete(RunRow))
-        n_runs = 0
-        for folder in find_runs(root):
-            self.record(folder)
-            n_runs += 1
-        return n_runs
+    def rebuild(self, root: Path, progress: Callable[[int, int], None] | None = None) -> Rebuilt:
+        """Read everything again from the run folders below ``root``; rows of other data folders stay.
+
+        A run that cannot be read is left out and named, as is a stream of it; the rest goes in.
+        """
+        left_out: list[str] = []
+        folders = list(find_runs(root, left_out=left_out.append))
+        recorded: set[tuple[str, int]] = set()
+        for n_done, folder in enumerate(folders, 1):
+            try:
+                self._write(_run_row(folder), _readable_streams(folder, left_out))
+                recorded.add((folder.header.experiment, folder.header.run))
+            except (NearlineError, OSError) as error:
+                left_out.append(str(error))
+            if progress:
+                progress(n_done, len(folders))
+        self._forget_others(root, recorded)
+        return Rebuilt(len(recorded), left_out)
 
     def close(self) -> None:
         self._engine.dispose()
 
+    def _write(self, run: RunRow, streams: list[StreamRow]) -> None:
+        """Insert or update: another service may be writing the same rows, so nothing is looked up first."""
+        with self._session() as session:
+            self._upsert(session, [run])
+            self._upsert(session, streams)
+            gone = delete(StreamRow).where(StreamRow.experiment == run.experiment, StreamRow.run == run.run)  # type: ignore[arg-type]
+            session.exec(gone.where(StreamRow.data_source.not_in([s.data_source for s in streams])))  # type: ignore[attr-defined]
+
+    def _upsert(self, session: Session, rows: Sequence[SQLModel]) -> None:
+        if not rows:
+            return
+        table = type(rows[0]).__table__  # type: ignore[attr-defined]
+        insert = _INSERTS[self._engine.dialect.name](table).values([row.model_dump() for row in rows])
+        keys = [column.name for column in table.primary_key]
+        values = {c.name: insert.excluded[c.name] for c in table.columns if c.name not in keys}
+        session.execute(insert.on_conflict_do_update(index_elements=keys, set_=values))
+
+    def _forget_others(self, root: Path, recorded: set[tuple[str, int]]) -> None:
+        """Remove the rows of this data folder whose runs are not there (any more)."""
+        below = f"{root.absolute()}/"
+        for row in self.runs():
+            key = (row.experiment, row.run)
+            if row.folder.startswith(below) and key not in recorded:
+                with self._session() as session:
+                    session.exec(delete(StreamRow).where(StreamRow.experiment == key[0], StreamRow.run == key[1]))  # type: ignore[arg-type]
+                    session.exec(delete(RunRow).where(RunRow.experiment == key[0], RunRow.run == key[1]))  # type: ignore[arg-type]
+
     @contextmanager
     def _session(self) -> Iterator[Session]:
+        self._make_tables()
         with Session(self._engine, expire_on_commit=False) as session:
             yield session
             session.commit()
+
+    def _make_tables(self) -> None:
+        with self._lock:
+            if self._has_tables:
+                return
+            with self._engine.begin() as connection:
+                if self._engine.dialect.name == "postgresql":
+                    # Two services that begin at once would both find no tables, and one would fail.
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})"))
+                tables = [RunRow.__table__, StreamRow.__table__]  # type: ignore[attr-defined]
+                SQLModel.metadata.create_all(connection, tables=tables)
+            self._has_tables = True
+
+
+@dataclass
+class _Waiting:
+    """A run whose rows are to be brought up to date, and the latest counts told of its streams."""
+
+    folder: RunFolder
+    announced: dict[str, int] = field(default_factory=dict)
+
+
+class CatalogWriter:
+    """Writes the catalog in a thread of its own: who records never waits for a database, nor hears its errors.
+
+    Records of one run that come while it waits are one. What a database that is away misses is
+    written when it is back; what is lost when the process ends, `Catalog.rebuild` restores.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._changed = threading.Condition()
+        self._waiting: dict[Path, _Waiting] = {}
+        self._is_writing = self._is_closed = False
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
+        self._thread.start()
+
+    def record(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
+        """Ask for the rows of one run to be brought up to date; returns at once."""
+        with self._changed:
+            self._waiting.setdefault(folder.path, _Waiting(folder)).announced.update(announced or {})
+            self._changed.notify_all()
+
+    def status(self) -> dict[str, Any]:
+        """``behind`` by so many runs, and the ``error`` of the last attempt, None if it succeeded."""
+        with self._changed:
+            behind = len(self._waiting) + self._is_writing
+            return {"place": self._catalog.place, "behind": behind, "error": self._error}
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that was recorded is written; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._is_writing, timeout)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Write what is waiting and stop; after ``timeout`` s, give it up. Whether all was written."""
+        is_written = self.flush(timeout)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if not is_written:
+            log.warning("the catalog %s is behind; `nearline catalog rebuild` brings it up", self._catalog.place)
+        self._thread.join(0 if not is_written else timeout)
+        return is_written
+
+    def _run(self) -> None:
+        pause = _FIRST_RETRY_S
+        while (entry := self._next()) is not None:
+            if self._attempt(entry):
+                pause = _FIRST_RETRY_S
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed, pause)
+            pause = min(2 * pause, _LAST_RETRY_S)
+
+    def _attempt(self, entry: _Waiting) -> bool:
+        """Write one run; False if the database could not, and the run waits again."""
+        error: str | None = None
+        is_away = False
+        try:
+            self._catalog.record(entry.folder, entry.announced)
+        except (NearlineError, OSError) as problem:
+            # The run's own: trying again would not help it, and others wait.
+            error = str(problem)
+        except SQLAlchemyError as problem:
+            error, is_away = _first_line(problem), True
+        with self._changed:
+            if is_away:
+                newer = self._waiting.get(entry.folder.path)
+                entry.announced.update(newer.announced if newer else {})
+                self._waiting[entry.folder.path] = entry
+            if error and error != self._error:
+                log.error("the catalog is behind: %s", error)
+            self._error, self._is_writing = error, False
+            self._changed.notify_all()
+        return not is_away
+
+    def _next(self) -> _Waiting | None:
+        """The run that has waited longest; None when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closed)
+            if self._is_closed:
+                return None
+            self._is_writing = True
+            return self._waiting.pop(next(iter(self._waiting)))
+
+
+def _run_row(folder: RunFolder) -> RunRow:
+    header = folder.header
+    return RunRow(
+        experiment=header.experiment,
+        run=header.run,
+        started_at=header.started_at,
+        state=folder.state,
+        sample=header.sample,
+        folder=str(folder.path.absolute()),
+    )
+
+
+def _readable_streams(folder: RunFolder, left_out: list[str]) -> list[StreamRow]:
+    """The rows of all streams that can be read; the others are named."""
+    rows = []
+    for name in folder.data_sources():
+        try:
+            rows.append(_stream_row(folder, name, None))
+        except (NearlineError, OSError) as error:
+            left_out.append(str(error))
+    return rows
 
 
 def _stream_row(folder: RunFolder, name: str, announced: int | None) -> StreamRow:
@@ -127,6 +333,13 @@ def _stream_row(folder: RunFolder, name: str, announced: int | None) -> StreamRo
     )
 
 
+def _engine_options(url: str) -> dict[str, Any]:
+    if make_url(url).get_backend_name() != "postgresql":
+        return {}
+    timeouts = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}"}
+    return {"pool_pre_ping": True, "connect_args": timeouts}
+
+
 def _use_wal(engine: Engine) -> None:
     """Readers never wait for the writer; a power loss may cost the last rows, which a rebuild brings back."""
 
@@ -136,3 +349,8 @@ def _use_wal(engine: Engine) -> None:
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.close()
+
+
+def _first_line(error: SQLAlchemyError) -> str:
+    """The database's own words, without the statement."""
+    return str(getattr(error, "orig", error)).strip().splitlines()[0]

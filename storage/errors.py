@@ -12,6 +12,7 @@ __all__ = [
     "BufferFull",
     "CorruptFrame",
     "CredentialsUnusable",
+    "DamagedFile",
     "FrameMissing",
     "FrameNotYetAvailable",
     "FrameTooLate",
@@ -57,6 +58,10 @@ class ShapeMismatch(NearlineError, ValueError):
 
 class CorruptFrame(NearlineError):
     """Stored bytes that fail their checksum; the message names the frame and the file."""
+
+
+class DamagedFile(NearlineError, ValueError):
+    """A header, event or commit of a run that cannot be read; the message names the file."""
 
 
 class FrameMissing(NearlineError, LookupError):

@@ -9,17 +9,17 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from storage.errors import RunNotFound, StreamNotFound, StreamOwned
+from storage.errors import DamagedFile, RunNotFound, StreamNotFound, StreamOwned
 from storage.files import is_local, publish, remote_errors, to_path
 from storage.models import Record, RunHeader, RunState, StreamHeader
-from storage.names import check_name, check_run
+from storage.names import check_name, check_run, run_key
 from storage.states import StateRange
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 log = logging.getLogger("nearline.storage")
+
+R = TypeVar("R", bound=Record)
 
 _STREAM_SUFFIX = ".stream.json"
 _LOCK_ATTEMPTS = 20
@@ -98,7 +100,7 @@ class StreamPaths:
         return sorted(int(p.stem) for p in self.chunks.glob("*.json") if p.stem.isdecimal())
 
     def read_commit(self, chunk: int) -> ChunkCommit:
-        return ChunkCommit.model_validate_json(self.commit(chunk).read_bytes())
+        return _parsed(ChunkCommit, self.commit(chunk))
 
 
 class RunFolder:
@@ -152,9 +154,10 @@ class RunFolder:
         Raises
         ------
         StreamNotFound : the run has no such data source; the message lists those it has.
+        DamagedFile : its header cannot be read.
         """
         try:
-            return StreamHeader.model_validate_json(self.stream(data_source).header.read_bytes())
+            return _parsed(StreamHeader, self.stream(data_source).header)
         except FileNotFoundError:
             have = ", ".join(self.data_sources()) or "none yet"
             raise StreamNotFound(
@@ -180,7 +183,7 @@ class RunFolder:
     def events(self, kind: str | None = None) -> Iterator[Event]:
         """The facts in order, all or of one kind."""
         for path in sorted((self.path / "events").glob(f"[0-9]*-{kind or '*'}.json")):
-            yield Event.model_validate_json(path.read_bytes())
+            yield _parsed(Event, path)
 
     def finished(self, data_source: str) -> dict[str, Any] | None:
         """What was recorded when a stream ended: announced frames and counters; None while it is open."""
@@ -263,11 +266,38 @@ def latest_epoch(paths: StreamPaths) -> int:
     return max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
 
 
-def find_runs(root: Path) -> Iterator[RunFolder]:
-    """Every run below a data folder, by experiment and run number; an unreadable one is named in the log."""
+def find_runs(root: Path, left_out: Callable[[str], None] | None = None) -> Iterator[RunFolder]:
+    """Every run below a data folder, by experiment and run number.
+
+    A run that cannot be read, or lies in another run's folder, is named in the log, or told to
+    ``left_out``.
+    """
+    name_it = left_out or (lambda why: log.error("left out: %s", why))
     found = [p.parent for p in root.glob("*/*/run.json") if re.fullmatch(r"\d+", p.parent.name)]
     for path in sorted(found, key=lambda p: (p.parent.name, int(p.name))):
         try:
-            yield RunFolder.open(path)
+            folder = RunFolder.open(path)
         except (RunNotFound, OSError) as error:
-            log.error("left out: %s", error)
+            name_it(str(error))
+            continue
+        name = run_key(folder.header.experiment, folder.header.run)
+        if name == run_key(path.parent.name, int(path.name)):
+            yield folder
+        else:
+            name_it(f"{path} holds the run {name}; move it to {root / name}, or away")
+
+
+def _parsed(model: type[R], path: Path) -> R:
+    """What a file says.
+
+    Raises
+    ------
+    DamagedFile : it does not say what it should; FileNotFoundError passes.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DamagedFile(
+            f"{path} is damaged, or of a version this one cannot read: {error.errors()[0]['msg']}; "
+            "restore it from a copy"
+        ) from error

@@ -3,14 +3,9 @@
 import itertools
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from storage.errors import BadName, StaleLease
 from storage.states import FrameState, IndexStates
@@ -24,149 +19,31 @@ KEY = ("lyso", 1, "eiger", "mine")
 REF = wire.StreamRef("lyso", 1, "eiger")
 
 
-class GroupMachine(RuleBasedStateMachine):
-    """Members ask, acknowledge, give back, fall asleep; the service restarts; frames go missing."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = 0.0
-        self.states = IndexStates()
-        self._folder = tempfile.TemporaryDirectory()
-        self.log = GroupLog(Path(self._folder.name) / "groups.sqlite")
-        self.group = self.fresh()
-        self.held: dict[int, int] = {}  # valid leases: index → number
-        self.stale: list[tuple[int, int]] = []
-        self.done: set[int] = set()
-        self.delivered: dict[int, int] = {}
-        self.first_deliveries: list[int] = []
-
-    def fresh(self) -> Group:
-        group = self.log.load(KEY)
-        group.clock = lambda: self.now
-        return group
-
-    def teardown(self):
-        # A lost acknowledgement means redelivery, never loss: a last member gets all that is left.
-        self.now += 1000
-        self.forget_leases()
-        while (index := self.group.next_index(self.states)) is not None:
-            self.group.acknowledge(index, self.group.lease(index, "last", 10).number)
-            assert index not in self.done
-            self.done.add(index)
-        stored = set(self.states.indices(FrameState.stored, 0, self.states.watermark).tolist())
-        assert self.done == stored
-        assert self.group.is_drained(self.states)
-        assert self.group.floor == self.group.cursor == self.states.watermark
-        self.log.close()
-        self._folder.cleanup()
-
-    def forget_leases(self):
-        self.stale += self.held.items()
-        self.held = {}
-
-    @rule(n=st.integers(1, 8), state=st.sampled_from([FrameState.stored, FrameState.stored, FrameState.missing]))
-    def frames_come(self, n, state):
-        self.states.set(self.states.announced, self.states.announced + n, state)
-
-    @rule()
-    def frame_ahead_of_a_gap(self):
-        self.states.set(self.states.announced + 1, self.states.announced + 2, FrameState.stored)
-
-    @rule()
-    def gap_closes(self):
-        self.states.account(0, self.states.announced, FrameState.missing, "gap")
-
-    @rule(lease_s=st.sampled_from([1.0, 5.0]))
-    def member_asks(self, lease_s):
-        index = self.group.next_index(self.states)
-        if index is None:
-            return
-        assert self.states[index] is FrameState.stored
-        assert index < self.states.watermark
-        assert index not in self.held, "leased to one at a time"
-        assert index not in self.done
-        lease = self.group.lease(index, "member", lease_s)
-        assert lease.frame_index == index
-        if index not in self.delivered:
-            self.first_deliveries.append(index)
-        else:
-            assert lease.delivery > 1, "a redelivery says so"
-        self.delivered[index] = lease.delivery
-        self.held[index] = lease.number
-        self.deadlines = getattr(self, "deadlines", {}) | {index: lease.deadline}
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def member_acknowledges(self, data):
-        index = data.draw(st.sampled_from(sorted(self.held)))
-        self.group.acknowledge(index, self.held.pop(index))
-        self.done.add(index)
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def member_gives_back(self, data):
-        index = data.draw(st.sampled_from(sorted(self.held)))
-        number = self.held.pop(index)
-        self.group.give_back(index, number)
-        self.stale.append((index, number))
-
-    @precondition(lambda self: self.stale)
-    @rule(data=st.data())
-    def stale_acknowledgement_is_refused(self, data):
-        index, number = data.draw(st.sampled_from(self.stale))
-        with pytest.raises(StaleLease):
-            self.group.acknowledge(index, number)
-        self.group.give_back(index, number)
-
-    @rule(seconds=st.sampled_from([0.5, 2.0, 10.0]))
-    def time_passes(self, seconds):
-        self.now += seconds
-        self.group.next_index(self.states)
-        for index in [i for i in self.held if self.deadlines[i] <= self.now]:
-            self.stale.append((index, self.held.pop(index)))
-
-    @rule()
-    def service_restarts_in_order(self):
-        self.log.save({KEY: self.group})
-        assert not self.group.is_dirty
-        self.group = self.fresh()
-        self.forget_leases()
-
-    @invariant()
-    def bookkeeping_holds(self):
-        group = self.group
-        assert group.floor <= group.cursor <= self.states.watermark
-        assert all(i >= group.floor for i in group.acknowledged)
-        assert group.leases.keys() == self.held.keys()
-        assert self.first_deliveries == sorted(self.first_deliveries), "first deliveries rise"
-
-
-TestGroupMachine = GroupMachine.TestCase
-TestGroupMachine.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+def group_on(n: int) -> tuple[Group, IndexStates]:
+    """A new group on a stream of ``n`` stored frames."""
+    states = IndexStates()
+    states.set(0, n, FrameState.stored)
+    return Group(), states
 
 
 def test_crash_before_a_save_redelivers(tmp_path):
     """Acknowledgements of the last 50 ms may be lost: those frames come again."""
-    states = IndexStates()
-    states.set(0, 4, FrameState.stored)
+    _, states = group_on(4)
     log = GroupLog(tmp_path / "g")
     group = log.load(KEY)
-    for _ in range(2):
-        group.acknowledge(group.next_index(states), group.lease(group.next_index(states), "m", 9).number)
-        if group.floor == 1:
-            log.save({KEY: group})
-    again = log.load(KEY)
-    assert again.next_index(states) == 1
+    first, second = group.take(states, "m", 9, 2)
+    group.acknowledge(0, first.number)
+    log.save({KEY: group})
+    group.acknowledge(1, second.number)
+    assert [(one.frame_index, one.delivery) for one in log.load(KEY).take(states, "m", 9, 2)] == [(1, 2), (2, 1)]
     log.close()
 
 
 def test_damaged_frame_does_not_hold_up_a_group():
-    states, group = IndexStates(), Group()
-    states.set(0, 3, FrameState.stored)
-    group.acknowledge(0, group.lease(group.next_index(states), "m", 9).number)
-    group.set_aside(group.next_index(states))
-    assert group.next_index(states) == 2
-    assert group.floor == 2
+    group, states = group_on(3)
+    group.set_aside(group.take(states, "m", 9, 1)[0], "its checksum is wrong")
+    assert [one.frame_index for one in group.take(states, "m", 9, 3)] == [1, 2]
+    assert group.dead_letters[0].why == "its checksum is wrong"
 
 
 # ---- over the service -------------------------------------------------------------------------------

@@ -1,0 +1,43 @@
+"""Runs of numbers behave as the set of their numbers."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streaming.intervals import IntervalSet
+
+CHANGES = st.lists(st.tuples(st.booleans(), st.integers(0, 60), st.integers(0, 60)), max_size=30)
+
+
+@given(CHANGES)
+def test_behaves_as_a_set(changes):
+    runs, numbers = IntervalSet(), set()
+    for is_added, start, stop in changes:
+        (runs.add if is_added else runs.discard)(start, stop)
+        numbers = numbers | set(range(start, stop)) if is_added else numbers - set(range(start, stop))
+    everything = np.arange(62)
+    assert {i for i in everything.tolist() if i in runs} == numbers
+    assert set(everything[runs.contains(everything)].tolist()) == numbers
+    assert [i for start, stop in runs for i in range(start, stop)] == sorted(numbers)
+    assert len(runs) == len(numbers)
+    assert bool(runs) == bool(numbers)
+
+
+@given(CHANGES)
+def test_runs_are_as_few_as_can_be(changes):
+    """Bounds rise strictly, so runs neither touch nor are empty; and they make the same set again."""
+    runs = IntervalSet()
+    for is_added, start, stop in changes:
+        (runs.add if is_added else runs.discard)(start, stop)
+    assert runs.bounds == sorted(set(runs.bounds))
+    assert list(IntervalSet(runs.bounds)) == list(runs)
+    for start, stop in runs:
+        assert {runs.start_of(i) for i in range(start, stop)} == {start}
+    assert runs.start_of(61) is None
+
+
+def test_a_million_missing_frames_are_two_numbers():
+    runs = IntervalSet()
+    for start in range(0, 1_000_000, 1000):
+        runs.add(start, start + 1000)
+    assert runs.bounds == [0, 1_000_000]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import analysis, codec, live, read, report, store, wire
+from benchmarks import analysis, codec, live, read, report, small, stall, store, wire
 from benchmarks.frames import Options
 from benchmarks.measure import Figure
 
@@ -17,6 +17,8 @@ BENCHMARKS: dict[str, Callable[[Options], list[Figure]]] = {
     "store": store.measure,
     "read": read.measure,
     "wire": wire.measure,
+    "small": small.measure,
+    "stall": stall.measure,
     "analysis": analysis.measure,
     "live": live.measure,
 }
@@ -27,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which; all if none is named: {', '.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="fewer frames and rounds, to see that it works")
-    parser.add_argument("--full", action="store_true", help="1M and 16M detectors too")
+    parser.add_argument(
+        "--full", action="store_true", help="1M and 16M detectors, 60 s without a pause, 10 GB past a stalled group"
+    )
     parser.add_argument("--size", default="4M", help="detector: 512, 1M, 4M, 9M, 16M")
     parser.add_argument("--folder", type=Path, default=BUILD, help="for JSON files, and work files on the disk to test")
     arguments = parser.parse_args()
@@ -38,7 +42,7 @@ def main() -> None:
     options = Options(arguments.folder / "work", arguments.size, arguments.quick, arguments.full)
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     # A log file has no width of its own; the table needs this much to keep its rows on one line.
-    screen, results = Console(width=None if sys.stdout.isatty() else 170), {}
+    screen, results = Console(width=None if sys.stdout.isatty() else 200), {}
     for name in arguments.names or BENCHMARKS:
         before = report.machine()
         with screen.status(f"measuring {name} …"):

@@ -9,19 +9,35 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Figure", "Rounds", "clock", "figure", "interleave", "percentile", "rates"]
+__all__ = ["Figure", "Rounds", "Target", "absent", "clock", "figure", "interleave", "percentile", "rates"]
 
 Rounds = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a figure is meant to reach: a share of its limit, or a number in its own unit."""
+
+    kind: Literal["of limit", "at least", "at most"]
+    number: float
+
+    def is_met(self, value: float, ratio: float | None) -> bool:
+        if self.kind == "of limit":
+            return ratio is not None and ratio >= self.number
+        return value >= self.number if self.kind == "at least" else value <= self.number
 
 
 @dataclass(frozen=True)
 class Figure:
     """One measured value, its limit or peer, and how near it comes.
 
+    limit_value : None with a limit_name says why that limit could not be measured.
     ratio : 1 is at the limit, below 1 slower than it, above 1 faster; whatever the unit. None without
         a limit.
     low, high : smallest and largest of the rounds.
+    is_met : whether the target is reached; None without a target, or when its limit could not be measured.
     """
 
     name: str
@@ -33,6 +49,8 @@ class Figure:
     low: float
     high: float
     n_rounds: int
+    target: Target | None = None
+    is_met: bool | None = None
 
 
 def clock(function: Callable[[], object], n: int = 1) -> Callable[[], float]:
@@ -73,21 +91,31 @@ def figure(
     limit: tuple[str, Sequence[float]] | None = None,
     *,
     higher_is_better: bool,
+    target: Target | None = None,
 ) -> Figure:
     """The median of a figure's rounds beside the median of its limit's.
 
-    limit : name, and one number per round; a single number is a published value.
+    limit : name, and one number per round; a single number is a published value, none a limit that could
+        not be measured, whose name says why.
     """
-    limit_name = limit_value = ratio = None
-    if limit is not None:
-        limit_name, numbers = limit
+    limit_name, numbers = limit or (None, [])
+    limit_value = ratio = None
+    if numbers:
         limits = list(numbers) * (len(values) if len(numbers) == 1 else 1)
         limit_value = statistics.median(limits)
         pairs = zip(values, limits, strict=True)
         ratio = statistics.median(v / x if higher_is_better else x / v for v, x in pairs)
+    value = statistics.median(values)
+    is_judged = target is not None and (target.kind != "of limit" or ratio is not None)
     return Figure(
-        name, statistics.median(values), unit, limit_name, limit_value, ratio, min(values), max(values), len(values)
-    )
+        name, value, unit, limit_name, limit_value, ratio, min(values), max(values), len(values),
+        target, target.is_met(value, ratio) if target and is_judged else None,
+    )  # fmt: skip
+
+
+def absent(peer: str, why: str) -> tuple[str, Sequence[float]]:
+    """A limit that cannot be measured here, for `figure`: its row stays and says why."""
+    return f"{peer} ({why})", []
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,11 +15,17 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.measure import Figure
+from benchmarks.measure import Figure, Target
+from benchmarks.program import find_program
 
-__all__ = ["machine", "table", "versions", "write_json"]
+__all__ = ["machine", "program_version", "table", "versions", "write_json"]
 
-_PACKAGES = ("nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "google-crc32c", "pyarrow")
+_PACKAGES = (
+    "nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "google-crc32c", "pyarrow",
+    "redis", "nats-py",
+)  # fmt: skip
+_PROGRAMS = ("redis-server", "nats-server")
+_SIGNS = {"of limit": "≥ {} of it", "at least": "≥ {}", "at most": "≤ {}"}
 
 
 def machine() -> dict[str, Any]:
@@ -36,8 +43,19 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide speed."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    """Python, the packages that decide speed, and the programs measured beside them."""
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | packages | {name: program_version(name) for name in _PROGRAMS}
+
+
+def program_version(name: str) -> str:
+    """What a server says of itself, or "not installed"."""
+    path = find_program(name)
+    if path is None:
+        return "not installed"
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    found = re.search(r"\d+\.\d+\.\d+", said)
+    return found.group() if found else said.strip()
 
 
 def write_json(folder: Path, name: str, figures: Sequence[Figure], command: str, before: Mapping[str, Any]) -> Path:
@@ -64,8 +82,9 @@ def table(results: Mapping[str, Sequence[Figure]]) -> Table:
     for heading in ("value", "low to high"):
         found.add_column(heading, justify="right")
     found.add_column("limit or peer")
-    for heading in ("its value", "of limit"):
+    for heading in ("its value", "of limit", "target"):
         found.add_column(heading, justify="right")
+    found.add_column("")
     for name, figures in results.items():
         for number, one in enumerate(figures):
             found.add_row(
@@ -76,9 +95,15 @@ def table(results: Mapping[str, Sequence[Figure]]) -> Table:
                 escape(one.limit_name or ""),
                 f"{_short(one.limit_value)} {one.unit}" if one.limit_value is not None else "",
                 f"{one.ratio:.2f}" if one.ratio is not None else "",
+                _target(one.target),
+                "" if one.is_met is None else "ok" if one.is_met else "short",
             )
         found.add_section()
     return found
+
+
+def _target(target: Target | None) -> str:
+    return _SIGNS[target.kind].format(_short(target.number)) if target else ""
 
 
 def _short(value: float) -> str:

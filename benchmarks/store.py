@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.frames import EXPERIMENT, FrameSet, Options, WorkFolder, open_store, raw_frames
@@ -90,7 +91,7 @@ def _in_gigabytes(one: Figure, megabytes: float) -> Figure:
     """The same figure in bytes as they lie on disk."""
     factor = megabytes / 1e3
     assert one.limit_value is not None
-    return Figure(
-        one.name, one.value * factor, "GB/s", one.limit_name, one.limit_value * factor, one.ratio,
-        one.low * factor, one.high * factor, one.n_rounds,
+    return replace(
+        one, value=one.value * factor, unit="GB/s", limit_value=one.limit_value * factor,
+        low=one.low * factor, high=one.high * factor,
     )  # fmt: skip

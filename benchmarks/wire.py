@@ -1,166 +1,75 @@
-"""Detector to consumer through the service, three processes over TCP loopback.
+"""Sender to consumer through the service, three processes over TCP loopback, beside limits and peers.
 
-The service receives, checks, journals and serves; the consumer group drains in this process.
-Beside it: the same blobs over bare PUSH and PULL in one hop, through a relay in two (as many as
-the service makes), and into a plain file. Every series must be complete at the consumer and in
-the ledger, or there are no figures.
+The service receives, checks, journals and serves; a consumer group of one drains at once. In turn
+with it, round after round, the same frames go through: a bare loop of three threads that
+receives, writes and serves; bare PUSH and PULL in one hop and, through a relay, in two; a plain
+file; and the peers, Redis Streams and NATS JetStream.
 """
 
-import os
 import shutil
-import struct
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import zmq
+import numpy as np
 
-from benchmarks.frames import EXPERIMENT, SOURCE, FrameSet, Options, WorkFolder
-from benchmarks.measure import Figure, figure, interleave, percentile, rates
-from benchmarks.sender import N_UNIQUE, SENT_NS
+from benchmarks.frames import FrameSet, Options, WorkFolder, Workload
+from benchmarks.measure import Figure, Rounds, Target, absent, figure, interleave, percentile, rates
+from benchmarks.peers import Peer, started_peers
+from benchmarks.rig import Rig
 from benchmarks.store import write_plainly
-from nearline.children import Children, free_port
-from storage.errors import NearlineError, RunNotFound, StreamNotFound
-from streaming.client import is_reachable
-from streaming.retrieval import Stream, open_run
 
-__all__ = ["FramesLost", "Rig", "measure"]
+__all__ = ["measure"]
 
-_PATIENCE_S = 60.0
 _RATE = 100.0
 _STD_DAQ_GB_PER_CORE_S = 1.0
-
-
-class FramesLost(NearlineError):
-    """A series did not come through whole: the figures would mean nothing."""
+_LONG_S = 60.0
+# A long series takes at most this share of the disk that is free.
+_OF_FREE_DISK = 0.6
+_OF_BARE, _OF_RAW = Target("of limit", 0.8), Target("of limit", 0.6)
+_AHEAD, _AIM = Target("of limit", 1.0), Target("at least", 500.0)
+_P50, _P99 = Target("at most", 3.0), Target("at most", 10.0)
+_NONE_LOST = Target("at most", 0.0)
+_WAYS = {
+    "detector": "detector: ingest + store + drain",
+    "stored": "producer, stored, plain: ingest + store + drain",
+}
+_PRODUCERS = ("stored",)
+_DURABLE: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Drained:
-    """One series at the consumer: from the first send to the last receipt, and each frame's time on the way."""
+class _Size:
+    """One kind of frames: how many make a series, and how it is called in the table."""
 
-    seconds: float
-    latencies_ms: list[float]
-
-
-class Rig(AbstractContextManager["Rig"]):
-    """Service, sender and relay as processes, and this process as the consumer."""
-
-    def __init__(self, folder: Path, size: str) -> None:
-        self.root, self.frames = folder / "data", FrameSet.make(size, N_UNIQUE)
-        self._children, self._n_runs = Children(folder / "logs"), 0
-        self.service, detector, control, *pushes = (f"tcp://127.0.0.1:{free_port()}" for _ in range(5))
-        relayed = f"tcp://127.0.0.1:{free_port()}"
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._control: zmq.Socket[bytes] = context.socket(zmq.REQ)
-        self._control.setsockopt(zmq.RCVTIMEO, int(1000 * _PATIENCE_S))
-        self._control.bind(control)
-        self._pulls: list[zmq.Socket[bytes]] = [context.socket(zmq.PULL) for _ in pushes]
-        for pull, endpoint in zip(self._pulls, (pushes[0], relayed), strict=True):
-            pull.setsockopt(zmq.RCVHWM, 8)
-            pull.setsockopt(zmq.RCVTIMEO, int(1000 * _PATIENCE_S))
-            pull.connect(endpoint)
-        serve = ["--root", str(self.root), "--bind", self.service, "--source", f"{SOURCE}={detector}"]
-        commands = {
-            "service": ["nearline.cli", "serve", *serve],
-            "sender": ["benchmarks.sender", size, control, detector, *pushes],
-            "relay": ["benchmarks.relay", pushes[1], relayed],
-        }
-        for name, command in commands.items():
-            self._children.start(name, command, os.environ)
-
-    def __enter__(self) -> "Rig":
-        self._wait_until(lambda: is_reachable(self.service))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for socket in (self._control, *self._pulls):
-            socket.close(linger=0)
-        self._children.stop_all()
-
-    @property
-    def service_pid(self) -> int:
-        return self._children.process("service").pid
-
-    def series(self, n: int, rate: float = 0.0) -> _Drained:
-        """One series of n frames through the service, drained by a group of one.
-
-        Raises
-        ------
-        FramesLost : the consumer or the ledger misses one.
-        """
-        self._n_runs += 1
-        self._tell("start", run=self._n_runs, n=n)
-        self._answer()
-        stream = self._stream(f"{EXPERIMENT}/{self._n_runs}")
-        self._tell("images", n=n, rate=rate)
-        seen, latencies, last_ns = [], [], 0
-        for frame in stream.follow(group="bench", timeout=_PATIENCE_S):
-            last_ns = time.monotonic_ns()
-            seen.append(frame.frame_index)
-            if rate:
-                latencies.append((last_ns - frame.meta[SENT_NS]) / 1e6)
-        first_ns = self._answer()["first_ns"]
-        ledger = stream.ledger()
-        if seen != list(range(n)) or ledger.stored != n or not ledger.is_balanced:
-            raise FramesLost(f"{n} frames were sent, {len(seen)} consumed; ledger: {ledger}; look for the reason first")
-        shutil.rmtree(self.root / EXPERIMENT / str(self._n_runs))
-        return _Drained((last_ns - first_ns) / 1e9, latencies)
-
-    def raw(self, n: int, hops: int, rate: float = 0.0) -> _Drained:
-        """The same blobs with nothing but ZMQ in between."""
-        self._tell("raw", n=n, rate=rate, hops=hops)
-        pull, latencies, last_ns = self._pulls[hops - 1], [], 0
-        for _ in range(n):
-            sent, _blob = pull.recv_multipart(copy=False)
-            last_ns = time.monotonic_ns()
-            latencies.append((last_ns - struct.unpack("<q", sent.buffer)[0]) / 1e6)
-        return _Drained((last_ns - self._answer()["first_ns"]) / 1e9, latencies)
-
-    def service_cpu_s(self) -> float:
-        """User and system time that the service has used."""
-        fields = Path(f"/proc/{self.service_pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def _tell(self, do: str, **arguments: Any) -> None:
-        self._control.send_json({"do": do, **arguments})
-
-    def _answer(self) -> dict[str, Any]:
-        self._children.check("sender")
-        answer: dict[str, Any] = self._control.recv_json()  # type: ignore[assignment]
-        return answer
-
-    def _stream(self, name: str) -> Stream:
-        """The stream as soon as its start message has made a run of it."""
-        found: list[Stream] = []
-
-        def is_there() -> bool:
-            with suppress(RunNotFound, StreamNotFound):
-                found[:] = [open_run(name, service=self.service)[SOURCE]]
-            return bool(found)
-
-        self._wait_until(is_there)
-        return found[0]
-
-    def _wait_until(self, is_true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
-        while not is_true():
-            self._children.check("service")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the service did not get ready in {_PATIENCE_S:g} s")
-            time.sleep(0.02)
+    workload: Workload
+    n: int
+    title: str
 
 
 def measure(options: Options) -> list[Figure]:
-    n = options.choose(40, 400)
-    with WorkFolder(options, "wire") as folder, Rig(folder, options.size) as rig:
-        return [*_throughput(options, rig, n), *_latency(options, rig, options.choose(40, 300))]
+    size = _Size(Workload(options.size), options.choose(40, 400), "")
+    large = _Size(Workload("16M", "uint32", 8), options.choose(40, 100), "16M uint32: ")
+    return [one for each in ([size, large] if options.full else [size]) for one in _of_size(options, each)]
 
 
-def _throughput(options: Options, rig: Rig, n: int) -> list[Figure]:
+def _of_size(options: Options, size: _Size) -> list[Figure]:
+    with (
+        WorkFolder(options, "wire") as folder,
+        Rig(folder, size.workload) as rig,
+        started_peers(rig, folder) as peers,
+    ):
+        t, cpu_ms = _rounds(options, rig, peers, size.n)
+        figures = _throughput(rig, size, t, cpu_ms, peers)
+        if options.full:
+            figures += _long(rig, size, max(rates(size.n, t["detector"])))
+        if not size.title:
+            figures += _latency(options, rig, options.choose(40, 300))
+        return figures
+
+
+def _rounds(options: Options, rig: Rig, peers: list[Peer], n: int) -> tuple[Rounds, list[float]]:
+    """s a series by contender, and the service's CPU time a frame, ms."""
     cpu_ms: list[float] = []
 
     def through_service() -> float:
@@ -169,44 +78,101 @@ def _throughput(options: Options, rig: Rig, n: int) -> list[Figure]:
         cpu_ms.append(1e3 * (rig.service_cpu_s() - before) / n)
         return seconds
 
-    repeats = options.choose(2, 7)
-    t = interleave(
-        {
-            "service": through_service,
-            "one hop": lambda: rig.raw(n, 1).seconds,
-            "two hops": lambda: rig.raw(n, 2).seconds,
-            "file": lambda: write_plainly(rig.root, rig.frames, n, sync=False),
-        },
-        repeats,
-    )
-    cpu_ms = cpu_ms[-repeats:]  # without the warm-up
-    ours, name = rates(n, t["service"]), "ingest + store + drain"
-    limits = {
-        "raw ZMQ, one hop, nothing stored": t["one hop"],
-        "raw ZMQ relay, two hops, nothing stored": t["two hops"],
-        "plain file write alone": t["file"],
-        "relay, then file write": [a + b for a, b in zip(t["two hops"], t["file"], strict=True)],
+    ways: dict[str, Callable[[], float]] = {
+        "detector": through_service,
+        "bare": lambda: rig.bare(n).seconds,
+        "stored": lambda: rig.produced(n).seconds,
+        "one hop": lambda: rig.raw(n, 1).seconds,
+        "two hops": lambda: rig.raw(n, 2).seconds,
+        "file": lambda: write_plainly(rig.root, rig.frames, n, sync=False),
+        "memcpy": lambda: _copy(rig.frames, n),
     }
+    ways |= {peer.name: _series_of(peer, n) for peer in peers if peer.at_once}
+    repeats = options.choose(2, 7)
+    t = interleave(ways, repeats)
+    return t, cpu_ms[-repeats:]  # without the warm-up
+
+
+def _series_of(peer: Peer, n: int) -> Callable[[], float]:
+    assert peer.at_once is not None
+    series = peer.at_once
+    return lambda: series(n)
+
+
+def _copy(frames: FrameSet, n: int) -> float:
+    """s to copy n blobs in memory, one after the other to the same place."""
+    place = np.empty(max(len(blob) for blob in frames.blobs), np.uint8)
+    started = time.perf_counter()
+    for index in range(n):
+        blob = np.frombuffer(frames.blob(index), np.uint8)
+        np.copyto(place[: blob.size], blob)
+    return time.perf_counter() - started
+
+
+def _throughput(rig: Rig, size: _Size, t: Rounds, cpu_ms: list[float], peers: list[Peer]) -> list[Figure]:
+    n, title = size.n, size.title
+    per_second = {name: rates(n, seconds) for name, seconds in t.items()}
+    lower = [min(pair) for pair in zip(per_second["one hop"], per_second["file"], strict=True)]
+    one_after_other = rates(n, [a + b for a, b in zip(t["two hops"], t["file"], strict=True)])
+    bare = ("bare loop: receive, write, serve", per_second["bare"])
+    raw = ("lower of raw ZMQ and plain file write", lower)
+
+    def row(way: str, limit: tuple[str, Sequence[float]] | None, target: Target | None = None) -> Figure:
+        name = f"{title}{_WAYS[way]}"
+        return figure(name, "frames/s", per_second[way], limit, higher_is_better=True, target=target)
+
+    figures = [row("detector", bare, _OF_BARE), row("detector", raw, _OF_RAW)]
+    if not title:
+        figures.append(row("detector", None, _AIM))
+    for limit, values in (
+        ("raw ZMQ, one hop, nothing stored", per_second["one hop"]),
+        ("raw ZMQ relay, two hops, nothing stored", per_second["two hops"]),
+        ("plain file write alone", per_second["file"]),
+        ("relay, then file write", one_after_other),
+        ("memcpy of the blobs", per_second["memcpy"]),
+    ):
+        figures.append(row("detector", (limit, values)))
+    for way in _PRODUCERS:
+        figures += [row(way, bare, _OF_BARE), row(way, raw, _OF_RAW)]
+        for peer in peers:
+            if peer.is_durable == (way in _DURABLE):
+                limit = (peer.name, per_second[peer.name]) if peer.at_once else absent(peer.name, peer.why_not)
+                figures.append(row(way, limit, _AHEAD))
     gigabytes = rig.frames.total_bytes(n) / n / 1e9
-    per_core = [gigabytes / (ms / 1e3) for ms in cpu_ms]
     published = ("published: std-daq, 1 GB/s a core", [_STD_DAQ_GB_PER_CORE_S])
-    figures = [
-        figure(name, "frames/s", ours, (limit, rates(n, seconds)), higher_is_better=True)
-        for limit, seconds in limits.items()
-    ]
     return [
         *figures,
-        figure(name, "GB/s compressed", [gigabytes * v for v in ours], higher_is_better=True),
-        figure("CPU of the service a frame", "ms", cpu_ms, higher_is_better=False),
-        figure("service, compressed bytes a core second", "GB/s", per_core, published, higher_is_better=True),
-        figure("frames lost", "frames", [0.0] * repeats, higher_is_better=False),
+        figure(
+            f"{title}{_WAYS['detector']}", "GB/s compressed", [gigabytes * v for v in per_second["detector"]],
+            higher_is_better=True,
+        ),
+        figure(f"{title}CPU of the service a frame", "ms", cpu_ms, higher_is_better=False),
+        figure(
+            f"{title}service, compressed bytes a core second", "GB/s", [gigabytes / (ms / 1e3) for ms in cpu_ms],
+            published, higher_is_better=True,
+        ),
+        figure(f"{title}frames lost", "frames", [0.0] * len(cpu_ms), higher_is_better=False, target=_NONE_LOST),
+    ]  # fmt: skip
+
+
+def _long(rig: Rig, size: _Size, fastest: float) -> list[Figure]:
+    """A minute without a pause, where the disk must write back what it was given; then the bare loop the same."""
+    room = _OF_FREE_DISK * shutil.disk_usage(rig.root).free
+    n = min(round(_LONG_S * fastest), int(room * size.n / rig.frames.total_bytes(size.n)))
+    ours, bare = rig.series(n).seconds, rig.bare(n).seconds
+    limit = (f"bare loop, {bare:.0f} s", rates(n, [bare]))
+    name = f"{size.title}{ours:.0f} s: {_WAYS['detector']}"
+    return [
+        figure(name, "frames/s", rates(n, [ours]), limit, higher_is_better=True, target=_OF_BARE),
+        figure(f"{size.title}{ours:.0f} s: frames lost", "frames", [0.0], higher_is_better=False, target=_NONE_LOST),
     ]
 
 
 def _latency(options: Options, rig: Rig, n: int) -> list[Figure]:
     """Send to receipt at a steady rate; the frames of all rounds together."""
     ways = {
-        "service": lambda: rig.series(n, _RATE),
+        "detector": lambda: rig.series(n, _RATE),
+        "producer": lambda: rig.produced(n, _RATE),
         "one hop": lambda: rig.raw(n, 1, _RATE),
         "two hops": lambda: rig.raw(n, 2, _RATE),
     }
@@ -215,16 +181,13 @@ def _latency(options: Options, rig: Rig, n: int) -> list[Figure]:
         for name, way in ways.items():
             latencies[name] += way().latencies_ms
     figures = []
-    for percent in (50, 99):
+    for percent, target in ((50, _P50), (99, _P99)):
         at = {name: percentile(values, percent) for name, values in latencies.items()}
-        for hops, limit in (("one hop", "raw ZMQ, one hop"), ("two hops", "raw ZMQ relay, two hops")):
-            figures.append(
-                figure(
-                    f"send to receipt at {_RATE:g} frames/s, p{percent}",
-                    "ms",
-                    [at["service"]],
-                    (limit, [at[hops]]),
-                    higher_is_better=False,
-                )
-            )
+        for ours, hops, limit in (
+            ("detector", "one hop", "raw ZMQ, one hop"),
+            ("detector", "two hops", "raw ZMQ relay, two hops"),
+            ("producer", "two hops", "raw ZMQ relay, two hops"),
+        ):
+            name = f"{ours}: send to receipt at {_RATE:g} frames/s, p{percent}"
+            figures.append(figure(name, "ms", [at[ours]], (limit, [at[hops]]), higher_is_better=False, target=target))
     return figures

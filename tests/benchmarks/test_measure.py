@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import codec, read, report, store, wire
+from benchmarks import codec, read, report, small, stall, store, wire
 from benchmarks.frames import FrameSet, Options
-from benchmarks.measure import figure, interleave, percentile
+from benchmarks.measure import Target, absent, figure, interleave, percentile
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,28 @@ def test_a_ratio_of_one_half_means_half_as_fast(values, limits, higher_is_better
     assert figure("f", "u", values, ("limit", limits), higher_is_better=higher_is_better).ratio == ratio
 
 
+@pytest.mark.parametrize(
+    ("kind", "number", "limit", "is_met"),
+    [
+        pytest.param("of limit", 0.8, ("x", [10]), True, id="at-the-share"),
+        pytest.param("of limit", 0.81, ("x", [10]), False, id="below-the-share"),
+        pytest.param("of limit", 0.1, absent("x", "not installed"), None, id="nothing-to-compare-with"),
+        pytest.param("at least", 8, None, True, id="just-enough"),
+        pytest.param("at least", 9, absent("x", "not installed"), False, id="too-little"),
+        pytest.param("at most", 8, None, True, id="just-within"),
+        pytest.param("at most", 7, None, False, id="too-much"),
+    ],
+)
+def test_a_target_is_met_short_or_not_judged(kind, number, limit, is_met):
+    assert figure("f", "u", [8], limit, higher_is_better=True, target=Target(kind, number)).is_met is is_met
+
+
+def test_a_peer_that_is_absent_stays_in_the_table():
+    one = figure("f", "u", [8], absent("Redis", "not installed"), higher_is_better=True, target=Target("of limit", 1))
+    assert (one.limit_name, one.limit_value, one.ratio) == ("Redis (not installed)", None, None)
+    assert list(report.table({"wire": [one]}).columns[4].cells) == ["Redis (not installed)"]
+
+
 def test_each_round_runs_everything_once_and_begins_with_another():
     order = []
     rounds = {name: (lambda name=name: order.append(name) or 1.0) for name in "ab"}
@@ -35,7 +57,7 @@ def test_percentile_is_one_of_the_values(percent, expected):
     assert percentile(range(100, 0, -1), percent) == expected
 
 
-@pytest.mark.parametrize("benchmark", [codec, store, read, wire], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [codec, store, read, wire, small, stall], ids=lambda module: module.__name__)
 def test_a_quick_benchmark_gives_figures_that_can_be_written(benchmark, tmp_path):
     figures = benchmark.measure(Options(tmp_path, size="512", quick=True))
     assert figures

@@ -23,7 +23,7 @@ check: $(VENV)/.dev  ## ruff, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev  ## figures beside their limits, as a table and under build/bench/
+bench: $(VENV)/.dev  ## figures beside limits and peers (redis-server, nats-server if installed), and under build/bench/
 	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
 torture: $(VENV)/.dev  ## the long campaigns that `make test` leaves out

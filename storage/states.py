@@ -60,7 +60,8 @@ class IndexStates:
         self._causes: list[str] = ["unknown"]
         self._cause_numbers: dict[str, int] = {}
         self.announced = 0
-        # Frames that came late, in the order they came: a group that has passed them still gets them.
+        # Frames that could be read only after they had been given up, in the order they came: a group
+        # that has passed them still gets them.
         self.late_order: list[int] = []
         self._watermark = 0
 
@@ -69,11 +70,23 @@ class IndexStates:
 
     def set(self, start: int, stop: int, state: FrameState, cause: str | None = None) -> None:
         """Put ``start <= index < stop`` into a state; the stream is announced at least to ``stop``."""
+        passed = self._given_up(start, stop, state)
         self.announce(stop)
         self._cause_of[start:stop] = self._number_of(state, cause)
         self._codes[start:stop] = state
+        self.late_order.extend(passed)
+
+    def _given_up(self, start: int, stop: int, state: FrameState) -> list[int]:
+        """Of indices that become readable, those that readers may have passed: the watermark was beyond them.
+
+        Not only frames that miss the seal: one that was declared missing after a gap time-out may come before it.
+        """
         if state is FrameState.late:
-            self.late_order.extend(range(start, stop))
+            return list(range(start, stop))
+        if start >= self.announced or state not in READABLE:  # a new frame: the usual case
+            return []
+        before = self._codes[start:stop]
+        return (np.flatnonzero((before != FrameState.pending) & ~_IS_READABLE[before]) + start).tolist()
 
     def is_readable(self, index: int) -> bool:
         """Whether a frame is there to be read, whole or in part."""

@@ -49,6 +49,22 @@ def test_states_are_those_of_a_plain_dictionary(done):
     assert states.watermark == next((i for i in range(announced) if i not in model), announced)
 
 
+@given(done=changes)
+def test_what_is_readable_only_after_it_was_given_up_is_listed_as_late(done):
+    """Groups that have passed such a frame find it there, whether or not its chunk was sealed before."""
+    states, late = IndexStates(), []
+    for what, start, n, state, cause in done:
+        if what == "announce":
+            states.announce(start + n)
+            continue
+        indices = range(start, start + n)
+        if what == "set" and state is FrameState.stored:
+            late += [i for i in indices if states[i] in (FrameState.missing, FrameState.rejected)]
+        getattr(states, what)(start, start + n, state, cause)
+    states.set(5, 7, FrameState.late)
+    assert states.late_order == [*late, 5, 6]
+
+
 @given(done=changes, start=st.integers(-5, 3500), length=st.integers(-5, 3500))
 def test_counts_indices_and_ranges_agree(done, start, length):
     states, model, announced = apply(done)

@@ -4,16 +4,17 @@ import json
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 from nearline import show, token_commands
-from nearline.options import AsJson, Root, Service
+from nearline.logs import configure_logs
+from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
 
 __all__ = ["app", "main"]
@@ -54,6 +55,10 @@ def main() -> None:
         sys.exit(130)
 
 
+def _is_verbose() -> bool:
+    return logging.getLogger("nearline").isEnabledFor(logging.DEBUG)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.print(package_version("nearline"))
@@ -67,9 +72,7 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    handler = RichHandler(console=errors, show_path=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("nearline").setLevel(logging.DEBUG if verbose else logging.INFO)
+    configure_logs(errors, is_verbose=verbose)
 
 
 @app.command()
@@ -87,6 +90,11 @@ def serve(
         float, typer.Option(help="End a run as aborted after so long without a message, s.")
     ] = 60.0,
     catalog: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; default SQLite in ROOT.")] = None,
+    http: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Also serve /health, /metrics and /runs on this port of loopback."),
+    ] = None,
+    log_format: Logs = "text",
 ) -> None:
     """Run the streaming service: buffer detector frames, write them, serve them.
 
@@ -95,6 +103,7 @@ def serve(
     """
     from streaming.service import DEFAULT_DETECTOR, ServiceSettings, serve_until_signal
 
+    configure_logs(errors, log_format=log_format, is_verbose=_is_verbose())
     settings = ServiceSettings(
         root=root,
         bind=bind,
@@ -107,11 +116,20 @@ def serve(
     )
 
     def ready(service: Any) -> None:
+        if http is not None:
+            from nearline.web.child import WebChild
+
+            beside.enter_context(
+                WebChild(["--service", service.address, "--port", str(http), "--log-format", log_format])
+            )
+        if log_format == "json":
+            return  # the service logs the same
         listening = ", ".join(f"{s.name} at {s.endpoint}" for s in settings.sources)
         errors.print(f"serving [bold]{root}[/bold] on {service.address}; listening to {listening}", highlight=False)
         errors.print("frames come from a detector, `nearline simulate` or `nearline replay FILES`; Ctrl-C stops")
 
-    serve_until_signal(settings, ready)
+    with ExitStack() as beside:
+        serve_until_signal(settings, ready)
 
 
 @app.command()
@@ -324,9 +342,65 @@ def rebuild_catalog(
 
 
 @app.command()
-def status(service: Service = None, as_json: AsJson = False) -> None:
-    """Show the condition of a running service."""
-    show.service_status(console, service, as_json)
+def status(
+    service: Service = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it once, with the rates of half a second, and stop.")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Look so often, s.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a running service: sources, streams, groups, times, rates. Ctrl-C stops; in a pipe it shows once."""
+    from nearline.status_view import live_status
+    from streaming.status import ServiceStatus
+
+    if as_json:
+        print(json.dumps(show.read_status(service)))
+        return
+    is_once = once or not console.is_terminal
+    live_status(
+        lambda: ServiceStatus.model_validate(show.read_status(service)),
+        console,
+        interval_s=0.5 if is_once else interval,
+        n_looks=2 if is_once else None,
+    )
+
+
+@app.command()
+def web(
+    service: Service = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8600,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    certificate: Annotated[Path | None, typer.Option(help="TLS certificate (PEM), for HTTPS.")] = None,
+    certificate_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    insecure_bind: Annotated[
+        bool, typer.Option("--insecure-bind", help="Listen beyond loopback although tokens or TLS are missing.")
+    ] = False,
+    log_format: Logs = "text",
+    end_with_parent: Annotated[bool, typer.Option("--end-with-parent", hidden=True)] = False,
+) -> None:
+    """Serve /health, /metrics (Prometheus) and /runs of a service over HTTP.
+
+    Where the service wants a token, so does this: Authorization: Bearer TOKEN.
+    """
+    from nearline.web.serve import WebSettings, serve_web
+    from streaming.wire import DEFAULT_ADDRESS
+
+    configure_logs(errors, log_format=log_format, is_verbose=_is_verbose())
+    settings = WebSettings(
+        service=service or DEFAULT_ADDRESS,
+        host=host,
+        port=port,
+        certificate=certificate,
+        certificate_key=certificate_key,
+        is_insecure_allowed=insecure_bind,
+        ends_with_parent=end_with_parent,
+    )
+    scheme = "https" if certificate else "http"
+    logging.getLogger("nearline.web").info(
+        "%s://%s:%d: /health, /metrics, /runs of %s", scheme, host, port, settings.service
+    )
+    serve_web(settings)
 
 
 @app.command()

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "Root", "Service"]
+from nearline.logs import LogFormat
+
+__all__ = ["AsJson", "Logs", "Root", "Service"]
 
 Root = Annotated[Path, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")]
 Service = Annotated[
@@ -13,3 +15,4 @@ Service = Annotated[
     typer.Option(envvar="NEARLINE_SERVICE", help="Address of the service; by default the one on this machine."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for scripts.")]
+Logs = Annotated[LogFormat, typer.Option(help="Log lines for people, or one JSON object a line for a collector.")]

@@ -199,32 +199,6 @@ def read_status(service: str | None) -> dict[str, Any]:
     return content
 
 
-def service_status(console: Console, service: str | None, as_json: bool) -> None:
-    content = read_status(service)
-    if as_json:
-        print(json.dumps(content))
-        return
-    buffer, disk = content["buffer"], content["disk"]
-    room = "[red]full[/red]" if disk["is_full"] else f"{disk['free_bytes'] / 2**30:.1f} GiB free"
-    console.print(
-        f"[bold]{content['address']}[/bold]  {content['root']}  up {content['uptime_s']:.0f} s\n"
-        f"buffer {buffer['used_bytes'] / 2**20:.0f} of {buffer['budget_bytes'] / 2**20:.0f} MiB; "
-        f"disk {room}; {content['rejected_messages']} messages rejected",
-        highlight=False,
-    )
-    table = Table("source", "endpoint", "messages", "bad", "state")
-    for s in content["sources"]:
-        state = "[red]paused: buffer full[/red]" if s["is_paused"] else "listening"
-        table.add_row(s["name"], s["endpoint"], str(s["messages"]), str(s["bad_messages"]), state)
-    console.print(table)
-    table = Table("stream", "planned", "announced", "stored", "missing", "state")
-    for s in content["streams"]:
-        name = f"{s['experiment']}/{s['run']}/{s['data_source']}"
-        numbers = [str(s[key]) for key in ("planned", "announced", "stored", "missing")]
-        table.add_row(name, *numbers, "ended" if s["is_terminal"] else "live")
-    console.print(table)
-
-
 # ---- long work ----------------------------------------------------------------------------------
 
 

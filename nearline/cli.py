@@ -442,5 +442,28 @@ def demo(
     raise typer.Exit(0 if is_good else 1)
 
 
+@app.command()
+def upload(
+    run: RunName,
+    target: Annotated[str, typer.Argument(help="s3://bucket/prefix, or a folder; the run goes below it.")],
+    remove_local: Annotated[
+        bool, typer.Option("--remove-local", help="Afterwards remove the frames here, of a run that has ended.")
+    ] = False,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a run to an object store or another data folder; what is there already is not sent again.
+
+    The store's address and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID …).
+    """
+    from nearline import upkeep
+    from storage.files import to_path
+    from storage.upload import upload_run
+
+    with upkeep.ByteBar("uploading", errors) as bar:
+        summary = upload_run(upkeep.run_folder(run, root), to_path(target), remove_local=remove_local, progress=bar)
+    upkeep.uploaded(console, summary, as_json)
+
+
 if __name__ == "__main__":
     main()

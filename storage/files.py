@@ -32,6 +32,7 @@ __all__ = [
     "remote_errors",
     "remove",
     "replace",
+    "replace_copy",
     "storage_options",
     "sync_folder",
     "to_path",
@@ -90,14 +91,26 @@ def publish(path: Path, content: bytes) -> bool:
 def publish_copy(source: Path, path: Path) -> bool:
     """Create ``path`` as a copy of a local file; False, changing nothing, when it exists already."""
     if not is_local(path):
-        options = _PUT_OPTIONS.get(cast(Any, path).protocol, {})
-        return _create_object(path, lambda fs, key: fs.put_file(str(source), key, mode="create", **options))
+        return _create_object(path, lambda fs, key: fs.put_file(str(source), key, mode="create", **_put_options(path)))
     with open(source, "rb") as file:
         aside = _write_aside(path, file)
     try:
         return publish_file(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def replace_copy(source: Path, path: Path) -> bool:
+    """Make ``path`` a copy of a local file in one step, whatever was there; True."""
+    if not is_local(path):
+        fs, key = _file_system(path)
+        with remote_errors(path):
+            fs.put_file(str(source), key, **_put_options(path))
+        return True
+    with open(source, "rb") as file:
+        aside = _write_aside(path, file)
+    _rename(aside, path)
+    return True
 
 
 def publish_file(source: Path, path: Path) -> bool:
@@ -116,13 +129,7 @@ def replace(path: Path, content: bytes, *, is_synced: bool = True) -> None:
         with remote_errors(path):
             path.write_bytes(content)
         return
-    aside = _write_aside(path, io.BytesIO(content), is_synced=is_synced)
-    try:
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    if is_synced:
-        sync_folder(path.parent)
+    _rename(_write_aside(path, io.BytesIO(content), is_synced=is_synced), path, is_synced=is_synced)
 
 
 def make_folder(folder: Path) -> None:
@@ -194,10 +201,23 @@ def _create_object(path: Path, create: Any) -> bool:
     return True
 
 
+def _put_options(path: Path) -> dict[str, Any]:
+    return _PUT_OPTIONS.get(cast(Any, path).protocol, {})
+
+
 def _file_system(path: Path) -> tuple[Any, str]:
     """The fsspec file system of a remote path, and its name there."""
     remote = cast(Any, path)
     return remote.fs, remote.path
+
+
+def _rename(aside: Path, path: Path, *, is_synced: bool = True) -> None:
+    try:
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    if is_synced:
+        sync_folder(path.parent)
 
 
 def _write_aside(path: Path, content: IO[bytes], *, is_synced: bool = True) -> Path:

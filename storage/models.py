@@ -52,17 +52,18 @@ class Record(Model):
 
 
 class RunState(StrEnum):
-    """Where a run is in its life; the last three are terminal."""
+    """Where a run is in its life; the last four are terminal."""
 
     live = "live"
     draining = "draining"
     completed = "completed"
     incomplete = "incomplete"
     aborted = "aborted"
+    deleted = "deleted"
 
     @property
     def is_terminal(self) -> bool:
-        return self in (RunState.completed, RunState.incomplete, RunState.aborted)
+        return self not in (RunState.live, RunState.draining)
 
 
 class DetectorHeader(Record):

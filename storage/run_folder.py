@@ -23,6 +23,7 @@ from storage.names import check_name, check_run, run_key
 from storage.states import StateRange
 
 __all__ = [
+    "LOCAL_EVENTS",
     "ChunkCommit",
     "Event",
     "RunFolder",
@@ -36,6 +37,9 @@ __all__ = [
 log = logging.getLogger("nearline.storage")
 
 R = TypeVar("R", bound=Record)
+
+# Facts of this copy of a run: another copy has its own.
+LOCAL_EVENTS = ("run_deleted", "run_uploaded")
 
 _STREAM_SUFFIX = ".stream.json"
 _LOCK_ATTEMPTS = 20
@@ -69,6 +73,7 @@ class StreamPaths:
     """Where one data source's files are inside a run folder."""
 
     def __init__(self, run: Path, data_source: str) -> None:
+        self._run = run
         self.data_source = check_name(data_source, "data source")
         self.header = run / f"{data_source}{_STREAM_SUFFIX}"
         self.zarr = run / f"{data_source}.zarr"
@@ -81,6 +86,14 @@ class StreamPaths:
     def shard(self, chunk: int, ndim: int) -> Path:
         """The shard of chunk k: frames along the first axis, one shard across the others."""
         return self.array / "c" / "/".join([str(chunk), *["0"] * ndim])
+
+    def stored_shard(self, chunk: int, ndim: int) -> Path:
+        """The shard of a sealed chunk where it is now: here, or where it was uploaded to before it was removed."""
+        shard = self.shard(chunk, ndim)
+        if not is_local(shard) or shard.exists():
+            return shard
+        places = [_parsed(Event, p).payload["to"] for p in sorted(self._run.glob("events/[0-9]*-run_uploaded.json"))]
+        return to_path(places[-1]) / shard.relative_to(self._run).as_posix() if places else shard
 
     def frame_table(self, chunk: int) -> Path:
         return self.frames / f"{chunk:05d}.parquet"
@@ -193,8 +206,15 @@ class RunFolder:
         return None
 
     @property
+    def deletion(self) -> Event | None:
+        """The event that says who deleted the run's frames, and why; None while they are there."""
+        return next(iter(self.events("run_deleted")), None)
+
+    @property
     def state(self) -> RunState:
         """Terminal state if the run has ended, else live."""
+        if self.deletion is not None:
+            return RunState.deleted
         ends = list(self.events("run_finished"))
         return RunState(ends[-1].payload["state"]) if ends else RunState.live
 

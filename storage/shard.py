@@ -32,9 +32,16 @@ class ShardReader:
     """Random access to the inner chunks (frames) of one shard of ``size`` frames."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
+        """Raises CorruptFrame where the shard is gone, or its index is damaged."""
         self.path, self.start, self.size = path, start, size
-        self._file: _File = _LocalFile(path) if is_local(path) else _RemoteFile(path)
-        self._rows = self._read_index()
+        try:
+            self._file: _File = _LocalFile(path) if is_local(path) else _RemoteFile(path)
+            self._rows = self._read_index()
+        except FileNotFoundError as error:
+            raise CorruptFrame(
+                f"shard {path} (frames {start} to {start + size - 1}) is gone; restore it from a copy, "
+                "`nearline verify` lists what else is"
+            ) from error
 
     def __contains__(self, frame_index: int) -> bool:
         row = frame_index - self.start

@@ -83,7 +83,7 @@ class SealedChunks:
             reader = self._shards.get(chunk)
             if reader is None:
                 size = self._header.frames_per_chunk
-                reader = ShardReader(self._paths.shard(chunk, len(self._header.shape)), chunk * size, size)
+                reader = ShardReader(self._paths.stored_shard(chunk, len(self._header.shape)), chunk * size, size)
                 self._shards[chunk] = reader
             self._shards.move_to_end(chunk)
             # Readers in use elsewhere close themselves when the last thread lets go.

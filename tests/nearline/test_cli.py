@@ -19,7 +19,7 @@ def nearline(*arguments: str, **environment: str) -> "subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
-COMMANDS = ["serve", "simulate", "replay", "process", "export", "runs", "info", "ledger", "status", "demo"]
+COMMANDS = ["serve", "simulate", "replay", "process", "export", "runs", "info", "ledger", "status", "demo", "upload"]
 
 
 def test_help_names_every_command():

@@ -367,6 +367,25 @@ def status(
 
 
 @app.command()
+def doctor(
+    root: Root = Path("nearline-data"),
+    service: Service = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether this machine can run Nearline: packages, disk, ports, keys, a round trip. Exit code 1 if not."""
+    from dataclasses import asdict
+
+    from nearline.doctor import Place, examine, show_checks
+
+    checks = examine(Place(root, service))
+    if as_json:
+        found = list(checks)
+        print(json.dumps([asdict(check) for check in found]))
+        raise typer.Exit(1 if any(check.state == "fail" for check in found) else 0)
+    raise typer.Exit(0 if show_checks(console, checks) else 1)
+
+
+@app.command()
 def web(
     service: Service = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8600,

@@ -6,14 +6,13 @@ import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from nearline.options import AsJson, Root
-from streaming.security import Scope, TokenBook, save_credentials, server_keys, service_folder
 
 __all__ = ["app"]
 
@@ -44,7 +43,9 @@ def create(
     experiment: Annotated[
         list[str], typer.Option(help="What it is for; may be given several times, '*' for every experiment.")
     ],
-    scope: Annotated[Scope, typer.Option(help="What it allows; each includes those before it.")] = "read",
+    scope: Annotated[
+        Literal["read", "write", "admin"], typer.Option(help="What it allows; each includes those before it.")
+    ] = "read",
     life: Annotated[str, typer.Option("--for", help="How long, e.g. 12h, 30d, 8w; at most 366d.")] = "30d",
     name: Annotated[str | None, typer.Option(help="Whom or what it is for; by default your account's name.")] = None,
     save: Save = None,
@@ -52,10 +53,10 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make a token and print it: the only time it is shown. Give it to a client as NEARLINE_TOKEN."""
-    book = TokenBook(service_folder(_existing(root)))
+    book = _book(root)
     token, record = book.issue(name or getpass.getuser(), experiment, scope, read_duration(life))
     if save:
-        save_credentials(save, token=token)
+        _keep(save, token=token)
     if as_json:
         print(json.dumps({"token": token} | _row(record, book)))
         return
@@ -70,7 +71,7 @@ def create(
 @app.command("list")
 def show_tokens(root: Root = _DEFAULT_ROOT, as_json: AsJson = False) -> None:
     """List the tokens issued, newest last; the tokens themselves are kept nowhere."""
-    book = TokenBook(service_folder(_existing(root)))
+    book = _book(root)
     rows = [_row(record, book) for record in book.log.issued.values()]
     if as_json:
         print(json.dumps(rows))
@@ -90,7 +91,7 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Make a token count no longer, within a second, for connections that are open as well."""
-    book = TokenBook(service_folder(_existing(root)))
+    book = _book(root)
     record = book.revoke(token)
     if as_json:
         print(json.dumps(_row(record, book)))
@@ -101,10 +102,24 @@ def revoke(
 @app.command()
 def key(save: Save = None, root: Root = _DEFAULT_ROOT, as_json: AsJson = False) -> None:
     """Print the public key of an encrypting service. Give it to a client as NEARLINE_SERVER_KEY; it is no secret."""
+    from streaming.security import server_keys, service_folder
+
     public = server_keys(service_folder(_existing(root))).public.decode()
     if save:
-        save_credentials(save, server_key=public)
+        _keep(save, server_key=public)
     print(json.dumps({"server_key": public}) if as_json else public)
+
+
+def _book(root: Path) -> Any:
+    from streaming.security import TokenBook, service_folder
+
+    return TokenBook(service_folder(_existing(root)))
+
+
+def _keep(address: str, *, token: str | None = None, server_key: str | None = None) -> None:
+    from streaming.security import save_credentials
+
+    save_credentials(address, token=token, server_key=server_key)
 
 
 def _existing(root: Path) -> Path:
@@ -113,7 +128,7 @@ def _existing(root: Path) -> Path:
     return root
 
 
-def _row(record: Any, book: TokenBook) -> dict[str, Any]:
+def _row(record: Any, book: Any) -> dict[str, Any]:
     state = "expired" if record.expires_at <= time.time() else "valid"
     return {
         "id": record.id,

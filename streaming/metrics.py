@@ -44,7 +44,9 @@ class Histogram:
         self._lock = threading.Lock()
 
     def observe(self, seconds: float) -> None:
-        """Count one duration."""
+        """Count one duration; a negative one, of a clock that was set back, counts as none."""
+        if seconds < 0:
+            seconds = 0.0
         at = bisect_left(BOUNDS_S, seconds)
         with self._lock:
             self._counts[at] += 1

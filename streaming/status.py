@@ -21,6 +21,9 @@ __all__ = [
 ]
 
 
+_MANY_RUNS_BEHIND = 10
+
+
 class BufferStatus(Record):
     """Memory for frames."""
 
@@ -82,6 +85,7 @@ class UploadStatus(Record):
     waiting_bytes: int = 0
     failed: int = Field(0, description="attempts that failed, since the service began")
     error: str | None = Field(None, description="why the last attempt failed; None once one has succeeded")
+    refused: dict[str, str] = Field(default_factory=dict, description="runs not tried again, each with the reason")
 
 
 class CatalogStatus(Record):
@@ -140,9 +144,10 @@ class ServiceStatus(Record):
                 )
         for stream in self.streams:
             found += [f"the ledger does not balance: {stream.name}: {words}" for words in stream.problems]
-        if self.catalog.behind or self.catalog.error:
+        # One or two are on their way at any time.
+        if self.catalog.error or self.catalog.behind >= _MANY_RUNS_BEHIND:
             found.append(
-                f"the catalog is behind by {self.catalog.behind} runs ({self.catalog.error or 'it is being written'}); "
+                f"the catalog is behind by {self.catalog.behind} runs ({self.catalog.error or 'it is slow'}); "
                 "frames are safe, and `nearline catalog rebuild` makes it anew"
             )
         return found
@@ -157,6 +162,7 @@ class ServiceStatus(Record):
                 f"{self.uploads.waiting} chunks wait for their object store: {self.uploads.error}; "
                 "they are kept on this disk meanwhile"
             )
+        found += [f"run {run} is not uploaded: {why}" for run, why in self.uploads.refused.items()]
         found += [
             f"group {group.name} has set {group.dead_letters} frames aside; `nearline dead-letters list` shows them"
             for group in self.groups

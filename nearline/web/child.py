@@ -34,8 +34,7 @@ class WebChild:
 
     def __init__(self, arguments: list[str], server_key: str | None = None) -> None:
         self._command = [sys.executable, "-m", "nearline.cli", "web", "--end-with-parent", *arguments]
-        # Nobody gets further through the child than with a token of their own.
-        self._environment = {name: value for name, value in os.environ.items() if name != "NEARLINE_TOKEN"}
+        self._environment = dict(os.environ)
         if server_key is not None:
             self._environment["NEARLINE_SERVER_KEY"] = server_key
         self._stopping = threading.Event()

@@ -1,5 +1,6 @@
 """Running the HTTP application: where it may listen, and until when."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def serve_web(settings: WebSettings) -> None:
     ------
     SourceBusy : the port is in use, or beyond loopback without tokens and TLS.
     """
+    # Nobody gets further through this process than with a token of their own: it shows none that its
+    # user may have, neither from the environment nor from the file.
+    os.environ["NEARLINE_TOKEN"] = ""
     view = ServiceView(settings.service)
     bind = f"tcp://{settings.host}:{settings.port}"
     is_local = is_loopback(bind)

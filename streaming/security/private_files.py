@@ -10,7 +10,6 @@ from storage.files import publish_file, sync_folder
 __all__ = ["create_private", "read_private", "replace_private"]
 
 _OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_MAX_BYTES = 1 << 20
 
 
 def create_private(path: Path, content: bytes) -> bool:
@@ -44,7 +43,7 @@ def read_private(path: Path) -> bytes:
         with open(path, "rb") as file:
             # Of the file that is open, not of whatever has its name by now.
             _require_private(path, os.fstat(file.fileno()))
-            return file.read(_MAX_BYTES)
+            return file.read()
     except PermissionError:
         raise CredentialsUnusable(
             f"{path} cannot be read by this user (id {os.geteuid()}); use the account that runs the service"

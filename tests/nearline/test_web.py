@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nearline.children import free_port
 from nearline.web import WebChild, create_app
+from nearline.web.serve import WebSettings, serve_web
 from nearline.web.service_view import ServiceView
 from storage.errors import AccessDenied, ServiceUnavailable, SourceBusy
 from streaming import wire
@@ -163,10 +164,12 @@ SICK = [
     ({"sources": [SOURCE | {"is_paused": True}], "buffer": {"used_bytes": 9 << 20}}, "buffer is full (9 of 0 MiB)"),
     ({"streams": [STREAM | {"stored": 9}]}, "ledger does not balance: lyso/1/eiger: eiger: 10 frames received"),
     ({"catalog": {"behind": 2, "error": "database is locked"}}, "catalog is behind by 2 runs (database is locked)"),
+    ({"catalog": {"behind": 10}}, "catalog is behind by 10 runs (it is slow)"),
 ]
 WORRYING = [
     ({"disk": {"free_bytes": 1, "total_bytes": 100}}, "less than 5 %"),
     ({"uploads": {"waiting": 3, "error": "no route"}}, "3 chunks wait for their object store: no route"),
+    ({"uploads": {"refused": {"lyso/1": "it is there already"}}}, "run lyso/1 is not uploaded: it is there already"),
     ({"groups": [GROUP | {"dead_letters": 4}]}, "group lyso/1/eiger:hits has set 4 frames aside"),
     ({"sources": [SOURCE | {"bad_messages": 5}]}, "5 messages that could not be understood"),
 ]
@@ -187,6 +190,11 @@ def test_what_should_be_looked_at_is_said_with_200(told, url, status, words):
     code, body = get(f"{url}/health")
     assert (code, json.loads(body)["problems"]) == (200, [])
     assert words in json.loads(body)["warnings"][0]
+
+
+def test_a_run_on_its_way_to_the_catalog_is_no_problem(told, url):
+    told.status["catalog"] = {"behind": 2}
+    assert get(f"{url}/health")[0] == 200
 
 
 def test_an_answer_of_another_version_is_understood(told, url):
@@ -343,13 +351,14 @@ def test_the_command_refuses_to_listen_beyond_loopback(tmp_path):
     assert "without tokens and encryption" in " ".join(done.stderr.split())
 
 
-def test_the_command_names_a_busy_port(tmp_path):
-    from nearline.web.serve import WebSettings, serve_web
-
+def test_the_command_names_a_busy_port(monkeypatch):
+    monkeypatch.setenv("NEARLINE_TOKEN", GOOD_TOKEN)
     with listening(ServiceView("tcp://127.0.0.1:1", ToldService().connect)) as url:
         port = int(url.rpartition(":")[2])
         with pytest.raises(SourceBusy, match=f"{port}.*--port"):
             serve_web(WebSettings("tcp://127.0.0.1:1", port=port))
+    # And it has put its user's token away.
+    assert os.environ["NEARLINE_TOKEN"] == ""
 
 
 def alive(pid: int) -> bool:

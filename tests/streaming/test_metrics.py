@@ -7,7 +7,7 @@ import pytest
 
 from streaming.metrics import BOUNDS_S, Counter, Histogram, ServiceMetrics, resident_bytes
 
-BUCKETS = [(0.0, 0), (BOUNDS_S[0], 0), (0.00011, 1), (0.02, 7), (10.0, 15), (11.0, 16), (1e9, 16)]
+BUCKETS = [(-3.0, 0), (0.0, 0), (BOUNDS_S[0], 0), (0.00011, 1), (0.02, 7), (10.0, 15), (11.0, 16), (1e9, 16)]
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), BUCKETS)
@@ -17,7 +17,7 @@ def test_a_duration_falls_into_the_first_bucket_that_holds_it(seconds, bucket):
     counts = histogram.as_dict()["counts"]
     assert counts.index(1) == bucket
     assert sum(counts) == 1
-    assert histogram.as_dict()["sum_s"] == histogram.as_dict()["longest_s"] == seconds
+    assert histogram.as_dict()["sum_s"] == histogram.as_dict()["longest_s"] == max(seconds, 0)
 
 
 def test_nothing_is_lost_between_threads():

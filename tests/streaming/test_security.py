@@ -223,6 +223,16 @@ def test_revocation_survives_a_restart(book, tmp_path, clock):
         Authority(tmp_path, is_required=True, clock=clock).admit(token)
 
 
+def test_a_revocation_counts_however_long_the_log(book, tmp_path, clock):
+    token, record = book.issue("jane", LYSO, "read", HOUR)
+    path = tmp_path / "tokens.log"
+    others = b"".join(path.read_bytes().replace(record.id.encode(), b"%016x" % n) for n in range(20_000))
+    path.write_bytes(path.read_bytes() + others)
+    book.revoke(record.id)
+    with pytest.raises(AccessDenied, match="revoked"):
+        Authority(tmp_path, is_required=True, clock=clock).admit(token)
+
+
 @pytest.mark.parametrize("prefix", ["", "zz"])
 def test_an_unknown_id_revokes_nothing(book, prefix):
     book.issue("jane", LYSO, "read", HOUR)

@@ -1,7 +1,10 @@
 """Reading frames of a finished run, from the page cache to pixels."""
 
 import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,16 @@ import numpy as np
 import zarr
 
 from benchmarks.frames import SOURCE, FrameSet, Options, WorkFolder, stored_run
-from benchmarks.measure import Figure, clock, figure, interleave, rates
+from benchmarks.measure import Figure, Target, clock, figure, interleave, rates
 from storage.codec import decode, decode_into
 from storage.run_folder import RunFolder
 from storage.stream_source import FolderSource
 from streaming.retrieval import open_run
 
 __all__ = ["measure"]
+
+_N_THREADS = 2
+_OF_BARE, _OF_ZARR = Target("of limit", 0.8), Target("of limit", 3.0)
 
 
 def measure(options: Options) -> list[Figure]:
@@ -25,26 +31,33 @@ def measure(options: Options) -> list[Figure]:
         folder = stored_run(root, frames, 1, n, 50)
         source, stream = FolderSource(folder, SOURCE), open_run(folder.path)[SOURCE]
         array: Any = zarr.open_array(folder.stream(SOURCE).array, mode="r")
-        out, places = np.empty(frames.shape, frames.dtype), _places(folder, n)
+        places = _places(folder, n)
         descriptors = {path: os.open(path, os.O_RDONLY) for path, _, _ in places}
+        reused = threading.local()
+
+        def out() -> np.ndarray:
+            """This thread's own buffer, used over and over."""
+            if not hasattr(reused, "pixels"):
+                reused.pixels = np.empty(frames.shape, frames.dtype)
+            return reused.pixels
 
         def bare(index: int) -> None:
             path, offset, length = places[index]
-            decode_into(os.pread(descriptors[path], length, offset), out, trusted=True)
+            decode_into(os.pread(descriptors[path], length, offset), out(), trusted=True)
 
         def own_new(index: int) -> None:
             decode(source.read_one(index).blob, frames.shape, frames.dtype)
 
         def own_into(index: int) -> None:
-            decode_into(source.read_one(index).blob, out)
+            decode_into(source.read_one(index).blob, out())
 
         def trusted(index: int) -> None:
-            decode_into(source.read_one(index).blob, out, trusted=True)
+            decode_into(source.read_one(index).blob, out(), trusted=True)
 
         def one_of_each(index: int) -> None:
             np.testing.assert_array_equal(array[index], frames.pixels(index))
             own_into(index)
-            np.testing.assert_array_equal(out, frames.pixels(index))
+            np.testing.assert_array_equal(out(), frames.pixels(index))
 
         one_of_each(n - 1)
         per_round = options.choose(5, 10)
@@ -56,10 +69,13 @@ def measure(options: Options) -> list[Figure]:
             "stream": lambda index: stream[index].data,
             "zarr": lambda index: array[index],
         }
-        t = interleave(
-            {name: clock(_next_frame(read, n), per_round) for name, read in readers.items()},
-            options.choose(3, 15),
-        )
+        rounds = {name: clock(_next_frame(read, n), per_round) for name, read in readers.items()}
+        with ThreadPoolExecutor(_N_THREADS) as pool:
+            rounds |= {
+                f"{name} in threads": _in_threads(pool, _next_frame(readers[name], n), per_round)
+                for name in ("bare", "trusted", "zarr")
+            }
+            t = interleave(rounds, options.choose(3, 15))
         for fd in descriptors.values():
             os.close(fd)
     frames_per_second = {name: rates(1, seconds) for name, seconds in t.items()}
@@ -68,13 +84,34 @@ def measure(options: Options) -> list[Figure]:
         "into": "read_one, decode into a reused buffer, crc32c and block walk",
         "new": "read_one, decode into a new array",
         "stream": 'nearline.open(…)["eiger"][i].data',
+        "trusted in threads": f"the first of these, {_N_THREADS} threads",
     }
+    # What a reader of the public API gets, and what ours is made of.
+    targets = {("bare", "stream"): _OF_BARE, ("zarr", "trusted"): _OF_ZARR}
     figures = []
     for peer, name in (("bare", "pread + decode, no checks"), ("zarr", 'zarr.open(…)["data"][i]')):
         for key, text in words.items():
-            limit = (name, frames_per_second[peer])
-            figures.append(figure(text, "frames/s", frames_per_second[key], limit, higher_is_better=True))
+            beside, where = (f"{peer} in threads", f", {_N_THREADS} threads") if "threads" in key else (peer, "")
+            limit, target = (name + where, frames_per_second[beside]), targets.get((peer, key))
+            ours = frames_per_second[key]
+            figures.append(figure(text, "frames/s", ours, limit, higher_is_better=True, target=target))
     return figures
+
+
+def _in_threads(pool: ThreadPoolExecutor, read_next: Callable[[], object], n: int) -> Callable[[], float]:
+    """A round in which each thread reads n frames: s per frame of all of them."""
+
+    def some() -> None:
+        for _ in range(n):
+            read_next()
+
+    def once() -> float:
+        started = time.perf_counter()
+        for future in [pool.submit(some) for _ in range(_N_THREADS)]:
+            future.result()
+        return (time.perf_counter() - started) / (n * _N_THREADS)
+
+    return once
 
 
 def _next_frame(read: Callable[[int], object], n: int) -> Callable[[], object]:

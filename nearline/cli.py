@@ -484,5 +484,58 @@ def upload(
     upkeep.uploaded(console, summary, as_json)
 
 
+Catalog = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; default SQLite in the data folder.")]
+
+
+@app.command()
+def delete(
+    run: RunName,
+    why: Annotated[str, typer.Option(help="The reason; it stays known.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")] = None,
+    catalog: Catalog = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the frames and results of a run that has ended; header, events and ledger stay.
+
+    Copies elsewhere are not touched. Interrupted, the same command completes it.
+    """
+    from nearline import upkeep
+    from storage.retention import delete_run
+
+    folder = upkeep.run_folder(run, root)
+    if not yes:
+        upkeep.confirm_deletion(folder)
+    result = delete_run(folder, upkeep.who(), why)
+    upkeep.note_in_catalog(folder.path.parent.parent, [folder], catalog, errors)
+    upkeep.deleted(console, result, as_json)
+
+
+@app.command()
+def retain(
+    root: Root = Path("nearline-data"),
+    older_than: Annotated[str, typer.Option(help="Only runs that ended so long ago: 30d, 12h, 6w.")] = "",
+    keep_last: Annotated[int, typer.Option(help="Keep the newest so many runs of each experiment.")] = 0,
+    experiment: Annotated[str | None, typer.Option(help="Only this experiment.")] = None,
+    only_uploaded: Annotated[bool, typer.Option("--only-uploaded", help="Only runs that were uploaded whole.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    catalog: Catalog = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete runs by a rule, as `nearline delete` does; exit code 2 if one that was chosen could not be deleted.
+
+    Runs that have not ended are never chosen. Deletions that were interrupted are completed.
+    """
+    from nearline import upkeep
+
+    if not (older_than or keep_last):
+        raise typer.BadParameter("say which runs may go: --older-than, --keep-last, or both")
+    result = upkeep.apply_retention(
+        root.absolute(), older_than, keep_last, experiment, only_uploaded, dry_run, catalog, errors
+    )
+    upkeep.retained(console, result, as_json, dry_run=dry_run)
+    raise typer.Exit(2 if result.refused else 0)
+
+
 if __name__ == "__main__":
     main()

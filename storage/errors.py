@@ -23,6 +23,7 @@ __all__ = [
     "PlaceUnavailable",
     "ProcessingBusy",
     "ProtocolError",
+    "RunBusy",
     "RunNotFound",
     "ServiceUnavailable",
     "ShapeMismatch",
@@ -74,6 +75,10 @@ class FrameNotYetAvailable(NearlineError, LookupError):
 
 class FrameTooLate(NearlineError):
     """A frame that came after its chunk was sealed without it; the ledger counts it as late."""
+
+
+class RunBusy(NearlineError):
+    """A run that is live, where only one that has ended will do."""
 
 
 class RunNotFound(NearlineError, LookupError):

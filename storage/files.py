@@ -155,8 +155,10 @@ def remove(path: Path) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by its path relative to it; empty if there is none."""
+    """Size in bytes of every file below a folder, by its path relative to it; of a file, its own under ""."""
     if is_local(folder):
+        if folder.is_file():
+            return {"": folder.stat().st_size}
         return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     fs, key = _file_system(folder)
     fs.invalidate_cache(key)

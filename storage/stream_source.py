@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
-from storage.errors import CorruptFrame, GroupNeedsService
+from storage.errors import CorruptFrame, FrameMissing, GroupNeedsService
 from storage.frame import FrameInfo, RawFrame
 from storage.journal import Journal
 from storage.masks import read_plane
 from storage.models import Record, RunState, StreamHeader
-from storage.run_folder import ChunkCommit, RunFolder, has_writer
+from storage.run_folder import ChunkCommit, Event, RunFolder, has_writer
 from storage.states import FrameState, IndexStates, StreamLedger
 from storage.stream_store import SealedChunks, build_ledger, missing_frame
 
@@ -118,6 +118,9 @@ class FolderSource:
         self._chunks = SealedChunks(self._paths, self.header)
         self._finished: dict | None = None
         self._is_terminal = False
+        self._deletion = folder.deletion
+        if self._deletion is not None:
+            self._read_tombstone(self._deletion)
         self._refresh()
 
     def status(self) -> StreamStatus:
@@ -182,6 +185,8 @@ class FolderSource:
         return None
 
     def wait_chunk(self, chunk: int, timeout: float | None) -> ChunkCommit | None:
+        if self._deletion is not None:
+            raise FrameMissing(f"chunk {chunk} of {self.header.data_source} was {_in_words(self._deletion)}")
         for status in self._looks(timeout):
             if chunk in self._commits or status.is_terminal:
                 break
@@ -191,6 +196,8 @@ class FolderSource:
         return read_plane(self._paths.zarr, name)
 
     def ledger(self) -> StreamLedger:
+        if self._deletion is not None:
+            return StreamLedger.model_validate(self._finished)
         self._refresh()
         counters = self._finished or {"duplicate": 0, "late": 0}
         return build_ledger(
@@ -215,6 +222,15 @@ class FolderSource:
             if deadline is not None and time.monotonic() >= deadline:
                 return
             time.sleep(_LOOK_AGAIN_S)
+
+    def _read_tombstone(self, deletion: Event) -> None:
+        """A deleted stream has ended, and what of its frames was here is gone."""
+        content = deletion.payload["ledger"].get(self.header.data_source, {"data_source": self.header.data_source})
+        ledger = StreamLedger.model_validate(content)
+        for part in ledger.ranges:
+            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
+        self.states.account(0, ledger.announced, FrameState.pruned, _in_words(deletion))
+        self._finished, self._is_terminal = ledger.model_dump(), True
 
     def _refresh(self) -> None:
         """Take in what has been published since the last look."""
@@ -260,6 +276,13 @@ class FolderSource:
         self._journals.pop(commit.chunk, None)
         for part in commit.ranges:
             self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
+
+
+def _in_words(deletion: Event) -> str:
+    """Who deleted a run, when and why; goes on from "was"."""
+    facts = deletion.payload
+    copies = f"; copies are in {', '.join(facts['copies'])}" if facts["copies"] else ""
+    return f"deleted by {facts['by']} on {deletion.at:%Y-%m-%d}: {facts['why'] or 'no reason given'}{copies}"
 
 
 def state_of(folder: RunFolder) -> RunState:

@@ -502,6 +502,8 @@ def missing_frame(
     state = states[index]
     if state in (FrameState.missing, FrameState.rejected):
         return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")
+    if state is FrameState.pruned:
+        return FrameMissing(f"{name} was {states.cause(index)}")
     if is_terminal:
         return FrameMissing(f"{name} does not exist: the run has ended with {states.announced} frames")
     return FrameNotYetAvailable(

@@ -1,10 +1,13 @@
 """The commands that look after runs."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
 
+from storage.catalog import Catalog, default_url
 from storage.models import RunHeader
 from storage.run_folder import RunFolder
 from storage.stream_store import StreamStore
@@ -41,3 +44,51 @@ def test_upload(folder, tmp_path):
 def test_upload_of_no_run_is_refused(tmp_path):
     done = nearline("upload", "lyso/9", str(tmp_path / "copy"), "--root", str(tmp_path))
     assert (done.returncode, "no run in" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+
+
+def test_delete_asks_and_records_why(folder, tmp_path):
+    root = tmp_path / "data"
+    nearline("catalog", "rebuild", "--root", str(root))
+    refused = subprocess.run(
+        [sys.executable, "-m", "nearline.cli", "delete", "lyso/1", "--root", str(root)],
+        input="n\n", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "there is no copy" in refused.stderr
+    assert folder.state == "incomplete"
+    done = nearline("delete", "lyso/1", "--root", str(root), "--yes", "--why", "wrong sample", "--json")
+    assert json.loads(done.stdout)["n_files"] > 3
+    assert next(folder.events("run_deleted")).payload["why"] == "wrong sample"
+    catalog = Catalog(default_url(root))
+    assert [row.state for row in catalog.runs()] == ["deleted"]
+    catalog.close()
+    assert "run lyso/1 is deleted" in nearline("ledger", str(folder.path)).stdout
+
+
+def test_delete_refuses_a_live_run(tmp_path):
+    folder = RunFolder.create(tmp_path, RunHeader(experiment="lyso", run=1, started_at=datetime.now(UTC)))
+    store = StreamStore.create(folder, new_header())
+    put(store, 0)
+    done = nearline("delete", str(folder.path), "--yes")
+    assert (done.returncode, "is live" in done.stderr) == (1, True)
+    store.close()
+
+
+def test_retain(tmp_path):
+    for run in (1, 2, 3):
+        finished_run(tmp_path, run)
+    root = ("--root", str(tmp_path))
+    dry = nearline("retain", *root, "--keep-last", "1", "--dry-run", "--json")
+    assert json.loads(dry.stdout)["selected"] == ["lyso/1", "lyso/2"]
+    assert json.loads(nearline("retain", *root, "--older-than", "1h", "--json").stdout)["selected"] == []
+    done = nearline("retain", *root, "--keep-last", "1")
+    assert (done.returncode, done.stdout.count("deleted")) == (0, 2)
+    assert [RunFolder.open(tmp_path / "lyso" / str(n)).state for n in (1, 2, 3)] == ["deleted", "deleted", "incomplete"]
+
+
+@pytest.mark.parametrize("options", [[], ["--older-than", "soon"], ["--keep-last", "-1"]])
+def test_retain_needs_a_rule_it_understands(tmp_path, options):
+    finished_run(tmp_path)
+    done = nearline("retain", "--root", str(tmp_path), *options)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert RunFolder.open(tmp_path / "lyso" / "1").state == "incomplete"

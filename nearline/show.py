@@ -160,9 +160,20 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         content = {name: x.model_dump(mode="json") | {"problems": x.problems} for name, x in found.items()}
         print(json.dumps({"run": run.name, "state": run.state.value, "is_balanced": is_balanced, "ledger": content}))
         return is_balanced
-    fields = ("planned", "announced", "received", "stored", "missing", "rejected", "duplicate", "late", "pruned", "pending")
+    fields = (
+        "planned",
+        "announced",
+        "received",
+        "stored",
+        "missing",
+        "rejected",
+        "duplicate",
+        "late",
+        "pruned",
+        "pending",
+    )
     table = Table("frames", *found)
-    for field in fields:
+    for field in (*fields, "pending"):
         table.add_row(field, *(str(getattr(ledger, field)) for ledger in found.values()))
     console.print(table)
     for name, ledger in found.items():

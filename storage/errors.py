@@ -5,9 +5,11 @@ Every message carries the offending value and ends with what to do next.
 
 __all__ = [
     "AccessDenied",
+    "BadAnnotation",
     "BadFrame",
     "BadMessage",
     "BadName",
+    "BadQuery",
     "BadRecipe",
     "BufferFull",
     "CorruptFrame",
@@ -45,8 +47,16 @@ class BadName(NearlineError, ValueError):
     """A name of an experiment, run, data source or group that cannot be a folder name."""
 
 
+class BadAnnotation(NearlineError, ValueError):
+    """A fact about frames that cannot be kept, or a stored one that cannot be read."""
+
+
 class BadFrame(NearlineError, ValueError):
     """A frame whose bytes, shape or dtype contradict its stream's header."""
+
+
+class BadQuery(NearlineError, ValueError):
+    """A condition that is not one, names no column there is, or took too much; the message repeats it."""
 
 
 class BadRecipe(NearlineError, ValueError):

@@ -4,20 +4,22 @@ Open, choose, slice, read; nothing is read until asked. Where the frames come fr
 business of a `StreamSource`: a running service or a run folder.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from storage.codec import decode
-from storage.errors import CorruptFrame, FrameMissing, RunNotFound, StreamNotFound
+from storage.errors import BadAnnotation, CorruptFrame, FrameMissing, RunNotFound, StreamNotFound
 from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
+from storage.frame_columns import PREFIXES
 from storage.geometry import Geometry
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import parse_run_key, run_key
@@ -30,9 +32,12 @@ from streaming.service_source import ServiceSource
 from streaming.wire import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import zarr
 
+    from storage.annotations import AnnotationBatch, Annotations, AnnotationStore
     from storage.step_store import Processing
+    from streaming.query import Selection
 
 __all__ = ["Chunk", "Frame", "FrameTimes", "Run", "Stream", "StreamSlice", "open_run"]
 
@@ -152,20 +157,14 @@ class StreamSlice:
         # Zarr takes half a second to import: only those who want an array pay.
         from storage.array_view import open_view
 
-        return open_view(self._stream.header, self.start, self.stop, self._read_blob)
-
-    def _read_blob(self, frame_index: int) -> bytes | None:
-        try:
-            return bytes(self._stream.source.read_one(frame_index).blob)
-        except FrameMissing:
-            return None
+        return open_view(self._stream.header, self.start, self.stop, self._stream.read_blob)
 
 
 class Stream:
     """One data source of a run: an ordered sequence of frames, live or finished."""
 
-    def __init__(self, source: StreamSource) -> None:
-        self.source = source
+    def __init__(self, source: StreamSource, run: "Run") -> None:
+        self.source, self.run = source, run
 
     @property
     def header(self) -> StreamHeader:
@@ -254,6 +253,90 @@ class Stream:
         raw = self.source.latest(after, timeout)
         return None if raw is None else Frame(raw, self.header)
 
+    @overload
+    def where(
+        self,
+        condition: str,
+        *,
+        columns: Iterable[str] | None = None,
+        processing: str | None = None,
+        follow: Literal[False] = False,
+        time_limit_s: float = 30.0,
+    ) -> "Selection": ...
+    @overload
+    def where(
+        self,
+        condition: str,
+        *,
+        processing: str | None = None,
+        follow: Literal[True],
+        start: int = 0,
+        timeout: float | None = None,
+        time_limit_s: float = 30.0,
+    ) -> Iterator[Frame]: ...
+    def where(
+        self,
+        condition: str,
+        *,
+        columns: Iterable[str] | None = None,
+        processing: str | None = None,
+        follow: bool = False,
+        start: int = 0,
+        timeout: float | None = None,
+        time_limit_s: float = 30.0,
+    ) -> "Selection | Iterator[Frame]":
+        """The frames for which an SQL condition is true, such as ``n_peaks > 20 AND laser``.
+
+        Without ``follow``: those among all frames stored at this moment, as a `Selection`. With it:
+        each matching frame as it comes, in order, until the stream has ended. A frame is then decided once, as
+        soon as it is stored; if the condition uses results, as soon as the processing has reached it, and the end is
+        that of the processing. What is annotated later changes nothing for it.
+
+        Columns are those of the frame table, metadata, results and annotations; ``frame.``, ``meta.``, ``results.``
+        and ``annotation.`` before a name say which is meant. `docs/queries.md` has them all.
+
+        Parameters
+        ----------
+        columns : what the selection's table shows beside frame_index; by default what the condition uses.
+        processing : whose results; by default those of the newest that has finished or is running.
+        start : with ``follow``, the first frame index to consider.
+        timeout : with ``follow``, stop after so many seconds in which no further frame could be decided.
+        time_limit_s : a condition that takes longer is interrupted.
+
+        Raises
+        ------
+        BadQuery : not one condition, or a name that no column has; the message lists those there are.
+        """
+        # DuckDB takes a while to import: only those who ask pay.
+        from streaming.query import follow_matches, select
+
+        if follow:
+            return follow_matches(self, condition, processing, start, timeout, time_limit_s)
+        return select(self, condition, columns, processing, time_limit_s)
+
+    def columns(self, processing: str | None = None) -> dict[str, list[str]]:
+        """The columns that `where` knows now, by prefix: frame, meta, results, annotation."""
+        from streaming.known_frames import KnownFrames, find_results
+
+        known = KnownFrames(self, 0, self.status.announced, find_results(self, processing))
+        return {prefix: known.names(prefix) for prefix in PREFIXES}
+
+    def read_blob(self, frame_index: int) -> bytes | None:
+        """A frame's compressed bytes; None where it is missing."""
+        try:
+            return bytes(self.source.read_one(frame_index).blob)
+        except FrameMissing:
+            return None
+
+    def frames_at(self, indices: np.ndarray) -> Iterator[Frame]:
+        """The frames of these indices, which must rise; those that are not there are left out.
+
+        Neighbours are read together.
+        """
+        edges = np.flatnonzero(np.diff(indices) != 1) + 1
+        for begin, end in itertools.pairwise([0, *edges.tolist(), len(indices)] if len(indices) else []):
+            yield from StreamSlice(self, int(indices[begin]), int(indices[end - 1]) + 1)
+
     def chunks(self, *, start: int = 0, timeout: float | None = None) -> Iterator[Chunk]:
         """Sealed chunks in order, waiting for those to come, until the run has ended.
 
@@ -312,6 +395,7 @@ class Run:
         self.header = RunHeader.model_validate(content["header"])
         self.folder = self._folder.path.absolute() if self._folder else Path(content["folder"])
         self._streams: dict[str, Stream] = {}
+        self._annotations: Annotations | None = None
 
     @property
     def name(self) -> str:
@@ -340,7 +424,7 @@ class Run:
         StreamNotFound : there is none of that name; the message lists those there are.
         """
         if data_source not in self._streams:
-            self._streams[data_source] = Stream(self._source(data_source))
+            self._streams[data_source] = Stream(self._source(data_source), self)
         return self._streams[data_source]
 
     def __contains__(self, data_source: str) -> bool:
@@ -371,6 +455,101 @@ class Run:
         from storage.step_store import find_processings
 
         return find_processings(self.folder)
+
+    @cached_property
+    def visible_folder(self) -> RunFolder | None:
+        """The run's folder as this process sees it; None where only the service can."""
+        if self._folder is not None:
+            return self._folder
+        try:
+            found = RunFolder.open(self.folder)
+        except (RunNotFound, OSError):
+            return None
+        return found if found.header == self.header else None
+
+    def annotate(
+        self,
+        *,
+        frames: Any = None,
+        start: int | None = None,
+        stop: int | None = None,
+        from_time: datetime | str | None = None,
+        to_time: datetime | str | None = None,
+        data_source: str | None = None,
+        by: str | None = None,
+        values: Mapping[str, Any] | None = None,
+        **named: Any,
+    ) -> int:
+        """Say something of frames that came late: ``run.annotate(start=100, stop=200, laser=True, delay_ps=3.0)``.
+
+        A later value for the same frame and name wins; the earlier one stays in `annotations`. The number of
+        this batch is returned.
+
+        Parameters
+        ----------
+        frames : a frame index, a slice or range, or a list of indices; with a list a name can have a list of values.
+        start, stop : ``start <= frame_index < stop``; one of them may be left out.
+        from_time, to_time : ``from_time <= time of the frame < to_time``, with a time zone; one may be left out.
+        data_source : whose frame indices these are; None for all data sources of the run.
+        by : who says so; by default the user of this program.
+        values : names that are no Python arguments, such as ``start``.
+        named : name → true or false, a number, text, or None to take back what was said.
+
+        Raises
+        ------
+        BadAnnotation : a name, value or range that cannot be kept.
+        """
+        from storage.annotations import make_batch
+
+        said = {**(values or {}), **named}
+        batch = make_batch(
+            said, frames=frames, start=start, stop=stop, from_time=from_time, to_time=to_time,
+            data_source=data_source, by=by,
+        )  # fmt: skip
+        return self.add_annotations(batch)
+
+    def add_annotations(self, batch: "AnnotationBatch") -> int:
+        """Keep a batch of annotations, such as one read from a table; its number.
+
+        Raises
+        ------
+        BadAnnotation : it contradicts earlier ones; or the run's folder cannot be seen from here.
+        """
+        if batch.data_source is not None and batch.data_source not in self.data_sources:
+            raise StreamNotFound(
+                f"run {self.name} has no data source {batch.data_source!r}; it has: {', '.join(self.data_sources)}"
+            )
+        return self._known_annotations().add(batch)
+
+    @property
+    def annotations(self) -> "pa.Table":
+        """All that was said of the run's frames, a row for each value, in the order it was said."""
+        return self._known_annotations().table()
+
+    def read_annotations(self) -> "Annotations | None":
+        """The annotations there are now; None where they cannot be seen from here."""
+        from storage.annotations import Annotations
+
+        if self._annotations is None:
+            store = self._annotation_store()
+            self._annotations = None if store is None else Annotations(store)
+        if self._annotations is not None:
+            self._annotations = self._annotations.refreshed()
+        return self._annotations
+
+    def _known_annotations(self) -> "Annotations":
+        known = self.read_annotations()
+        if known is None:
+            raise BadAnnotation(
+                f"the folder {self.folder} of run {self.name}, where its annotations are, cannot be seen from this "
+                "machine; annotate where the service runs"
+            )
+        return known
+
+    def _annotation_store(self) -> "AnnotationStore | None":
+        from storage.annotations import FolderAnnotations
+
+        return None if self.visible_folder is None else FolderAnnotations(self.visible_folder.path)
 
     def _source(self, data_source: str) -> StreamSource:
         if self._folder is not None:

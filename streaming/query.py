@@ -166,9 +166,7 @@ def _prepare(
             if left == 0.0:
                 return None
             if not stream.is_live:
-                raise judge.refused(
-                    f"asks for results, but nobody has processed {stream.name}; `nearline process` does"
-                )
+                raise judge.refused(f"asks for results, but {stream.name} was not processed; use `nearline process`")
             time.sleep(_LOOK_FOR_PROCESSING_S if left is None else min(left, _LOOK_FOR_PROCESSING_S))
             continue
         known = KnownFrames(stream, 0, stream.status.announced, results)

@@ -317,6 +317,73 @@ def ledger(
         raise typer.Exit(2)
 
 
+@app.command()
+def query(
+    run: RunName,
+    condition: Annotated[
+        str | None, typer.Argument(help="SQL condition, such as 'n_peaks > 20 AND laser'; without one, list columns.")
+    ] = None,
+    source: Source = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to show, separated by commas; by default those of the condition.")
+    ] = None,
+    processing: Annotated[str | None, typer.Option(help="Whose results, e.g. p1; by default the newest.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="Most rows to show; default 50 on a screen.")] = None,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find frames by an SQL condition over frame table, metadata, results and annotations."""
+    from nearline import queries
+
+    opened = show.open_run(run, service, root)
+    stream = opened[source] if source else opened.detector
+    if condition is None:
+        queries.list_columns(console, stream, processing, as_json)
+        return
+    wanted = [name.strip() for name in columns.split(",") if name.strip()] if columns else None
+    selection = stream.where(condition, columns=wanted, processing=processing)
+    shown = 50 if limit is None and not (as_csv or as_json) else limit
+    queries.show_selection(console, selection, shown, as_json=as_json, as_csv=as_csv)
+
+
+@app.command()
+def annotate(
+    run: RunName,
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE…", help="Such as laser=true delay_ps=3.")
+    ] = None,
+    frames: Annotated[str | None, typer.Option(help="START:STOP (without STOP), one index, or 3,5,8.")] = None,
+    from_time: Annotated[str | None, typer.Option("--from", help="Frames from this time, ISO 8601 with zone.")] = None,
+    to_time: Annotated[str | None, typer.Option("--to", help="Frames before this time, ISO 8601 with zone.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="A table with a column frame_index, or start and stop, or from and to.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Whose frame indices; default all data sources.")] = None,
+    by: Annotated[str | None, typer.Option(help="Who says so; default the user.")] = None,
+    is_list: Annotated[bool, typer.Option("--list", help="Show what was said so far.")] = False,
+    service: Service = None,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say something of frames afterwards: laser on, a delay, a position. Later values win, earlier ones are kept."""
+    from nearline import queries
+
+    opened = show.open_run(run, service, root)
+    if not is_list:
+        said = queries.read_values(values or [])
+        where = {"from_time": from_time, "to_time": to_time, "data_source": source, "by": by}
+        where["frames"] = None if frames is None else queries.read_frames_option(frames)
+        number = queries.annotate_run(opened, said, table, where)
+        if as_json:
+            print(json.dumps({"batch": number}))
+        else:
+            console.print(f"kept as batch {number} of {opened.name}; use it in `nearline query`", highlight=False)
+        return
+    queries.list_annotations(console, opened, as_json)
+
+
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every fact in it is in the run folders.")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(token_commands.app, name="token")

@@ -463,7 +463,7 @@ def _decode(number: int, content: bytes) -> AnnotationBatch:
     try:
         batch = msgspec.json.decode(content, type=AnnotationBatch)
         for s in batch.statements:
-            if len(s.values) != len(s.starts) or len(s.stops or s.starts) != len(s.starts):
+            if {len(s.values), len(s.starts if s.stops is None else s.stops)} != {len(s.starts)}:
                 raise ValueError(f"{s.name[:60]!r} has {len(s.values)} values for {len(s.starts)} frames or ranges")
         return batch
     except ValueError as error:  # msgspec's own errors are of this kind
@@ -497,7 +497,7 @@ def _history(number: int, batch: AnnotationBatch) -> Iterator[dict[str, Any]]:
     names = ("start", "stop") if batch.key == "frame_index" else ("from_time", "to_time")
     told = {"batch": number, "at": batch.at, "by": batch.by, "data_source": batch.data_source}
     for statement in batch.statements:
-        stops = statement.stops or [start + 1 for start in statement.starts]
+        stops = [start + 1 for start in statement.starts] if statement.stops is None else statement.stops
         for start, stop, value in zip(statement.starts, stops, statement.values, strict=True):
             limits = (None if start == _EARLIEST else start, None if stop == _LATEST else stop)
             said = {"name": statement.name, "value": json.dumps(value)}

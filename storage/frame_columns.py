@@ -64,26 +64,31 @@ class _Piece(Protocol):
 
 
 class _Sealed:
-    """A sealed chunk's frame table. No file stays open: a run can have ten thousand of them."""
+    """The rows ``start <= frame_index < stop`` of a sealed chunk's frame table.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    No file stays open: a run can have ten thousand of them.
+    """
+
+    def __init__(self, path: Path, start: int, stop: int) -> None:
+        self._path, self._start, self._stop = path, start, stop
 
     def metadata_names(self) -> Iterable[str]:
         return set(pq.read_schema(readable(self._path)).names) - FIXED_COLUMNS.keys() - {META}
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
         with pq.ParquetFile(readable(self._path)) as file:
-            there, n_rows = set(file.schema_arrow.names), file.metadata.num_rows
+            there = set(file.schema_arrow.names)
             needs_json = any(name not in there and name not in FIXED_COLUMNS for name in names)
-            wanted = {name for name in names if name in there} | ({META} if needs_json else set())
+            wanted = {"frame_index", *there.intersection(names), *([META] if needs_json else [])}
             table = file.read(sorted(wanted))
+        index = table["frame_index"]
+        table = table.filter(pc.and_(pc.greater_equal(index, self._start), pc.less(index, self._stop)))
         found: dict[str, pa.Array | pa.ChunkedArray] = {}
         for name in names:
             if name in there:
                 found[name] = table[name]
             elif name in FIXED_COLUMNS:
-                found[name] = pa.repeat(pa.scalar(_DEFAULTS[name], FIXED_COLUMNS[name]), n_rows)
+                found[name] = pa.repeat(pa.scalar(_DEFAULTS[name], FIXED_COLUMNS[name]), len(table))
             else:
                 found[name] = _from_json(table[META], name)
         return found
@@ -144,20 +149,16 @@ def gather_rows(
     Parameters
     ----------
     read_infos : (start, stop) → rows in index order, for what has no file.
-    sealed : chunk number → frame table of that chunk; only whole chunks are taken from there.
+    sealed : chunk number → frame table of that chunk.
     """
     files = sealed or {}
     pieces: list[_Piece] = []
     numbers = range(start // frames_per_chunk, -(-stop // frames_per_chunk))
 
-    def is_in_file(number: int) -> bool:
-        is_whole = start <= number * frames_per_chunk and (number + 1) * frames_per_chunk <= stop
-        return number in files and (is_whole or stop <= start)
-
-    for in_file, group in itertools.groupby(numbers, is_in_file):
+    for in_file, group in itertools.groupby(numbers, files.__contains__):
         chunks = list(group)
         if in_file:
-            pieces += [_Sealed(files[number]) for number in chunks]
+            pieces += [_Sealed(files[number], start, stop) for number in chunks]
         else:
             first, last = chunks[0] * frames_per_chunk, (chunks[-1] + 1) * frames_per_chunk
             pieces.append(_Open(list(read_infos(max(first, start), min(last, stop)))))
@@ -201,7 +202,7 @@ def _rounded(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _type_of(name: str) -> pa.DataType | None:

@@ -264,6 +264,7 @@ def rows_of(stream: "Stream", start: int, stop: int) -> FrameRows:
     """The rows of a stream; those of sealed chunks from their files where the run's folder can be seen."""
     size, folder = stream.header.frames_per_chunk, stream.run.visible_folder
     sealed = {}
+    # Listing the files of a long run takes longer than a few rows.
     if folder is not None and stop - start >= size:
         paths = folder.stream(stream.name)
         sealed = {number: paths.frame_table(number) for number in paths.commits()}

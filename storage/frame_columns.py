@@ -55,7 +55,11 @@ class _Piece(Protocol):
     """Some rows of a stream, in index order."""
 
     def metadata_names(self) -> Iterable[str]:
-        """Keys of the metadata that can be columns."""
+        """Keys of the metadata that are columns, as far as can be told at a glance."""
+        ...
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether any frame has a number, text, true or false under this key; looks at each of them."""
         ...
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
@@ -75,6 +79,11 @@ class _Sealed:
     def metadata_names(self) -> Iterable[str]:
         return set(pq.read_schema(readable(self._path)).names) - FIXED_COLUMNS.keys() - {META}
 
+    def has_metadata(self, name: str) -> bool:
+        with pq.ParquetFile(readable(self._path)) as file:
+            texts = file.read([META])[META]
+        return any(map(_is_scalar, _values_in(texts, name)))
+
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
         with pq.ParquetFile(readable(self._path)) as file:
             there = set(file.schema_arrow.names)
@@ -90,7 +99,7 @@ class _Sealed:
             elif name in FIXED_COLUMNS:
                 found[name] = pa.repeat(pa.scalar(_DEFAULTS[name], FIXED_COLUMNS[name]), len(table))
             else:
-                found[name] = _from_json(table[META], name)
+                found[name] = typed_array(_values_in(table[META], name))
         return found
 
 
@@ -101,7 +110,11 @@ class _Open:
         self._infos = infos
 
     def metadata_names(self) -> Iterable[str]:
-        return {key for info in self._infos for key in info.meta} - FIXED_COLUMNS.keys() - {META}
+        keys = {key for info in self._infos for key, value in info.meta.items() if _is_scalar(value)}
+        return keys - FIXED_COLUMNS.keys() - {META}
+
+    def has_metadata(self, name: str) -> bool:
+        return any(_is_scalar(info.meta.get(name)) for info in self._infos)
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
         return {name: self._column(name) for name in names}
@@ -124,6 +137,10 @@ class FrameRows:
     def metadata_names(self) -> list[str]:
         """Keys of the metadata that can be columns, sorted."""
         return sorted(set().union(*(piece.metadata_names() for piece in self._pieces)))
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether any frame has a value that is not nested under this key, `metadata_names` telling of it or not."""
+        return name not in FIXED_COLUMNS and name != META and any(piece.has_metadata(name) for piece in self._pieces)
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Columns by name, each of one type over all rows.
@@ -184,11 +201,18 @@ def unified(arrays: Sequence[pa.Array | pa.ChunkedArray], kind: pa.DataType | No
     return pa.chunked_array([_cast(chunk, target) for chunk in chunks], target)
 
 
-def _from_json(texts: pa.ChunkedArray, key: str) -> pa.Array:
-    """Mixed values and very many keys are in the JSON only; most chunks do not have the key at all."""
+def _values_in(texts: pa.ChunkedArray, key: str) -> list[Any]:
+    """A key's value in each JSON text.
+
+    Mixed values and those of very many keys are there only; most chunks do not have the key at all.
+    """
     if key.isascii() and not pc.any(pc.match_substring(texts, json.dumps(key))).as_py():
-        return pa.nulls(len(texts))
-    return typed_array([json.loads(text).get(key) for text in texts.to_pylist()])
+        return [None] * len(texts)
+    return [json.loads(text).get(key) for text in texts.to_pylist()]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
 
 
 def _numbers(values: list[Any], kind: pa.DataType) -> pa.Array:

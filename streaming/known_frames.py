@@ -94,6 +94,9 @@ class KnownFrames:
         else:
             path = ".".join(ref)[:100]
             raise BadQuery(f"{path!r} is not a column; what is nested in metadata is read like meta->>'$.{path}'")
+        # Values that a chunk keeps in its JSON only are looked for last: that takes long.
+        if not found and ref[0].lower() in (META, ref[-1].lower()) and self._rows.has_metadata(ref[-1]):
+            found = [Column(META, ref[-1])]
         if not found:
             raise BadQuery(self._unknown(ref))
         if len(found) > 1:

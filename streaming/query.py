@@ -173,7 +173,9 @@ def _prepare(
         try:
             return _columns_of(judge, known, may_come=True), results
         except BadQuery:
-            awaited = next((s for s in (stream, results.stream if results else None) if s and _has_just_begun(s)), None)
+            sources = [stream, *([results.stream] if results is not None and results.stream is not None else [])]
+            # A stream without frames is empty, and so false: ask for None by name.
+            awaited = next((source for source in sources if _has_just_begun(source)), None)
             if awaited is None:
                 raise
         if awaited.latest(timeout=left) is None and awaited.is_live:

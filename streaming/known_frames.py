@@ -22,13 +22,13 @@ from storage.step_store import Processing, find_processings
 if TYPE_CHECKING:
     from streaming.retrieval import Stream
 
-__all__ = ["Column", "KnownFrames", "Reference", "Results", "find_results", "parse_reference"]
+__all__ = ["FRAME_COLUMNS", "Column", "KnownFrames", "Reference", "Results", "find_results", "parse_reference"]
 
 # A column as a condition names it: ("n_peaks",) or ("results", "n_peaks").
 Reference = tuple[str, ...]
 
 _COMPUTED = ("utc", "received", "n_parts")
-_FRAME_COLUMNS = (*(name for name in FIXED_COLUMNS if name != "part"), *_COMPUTED, META)
+FRAME_COLUMNS = (*(name for name in FIXED_COLUMNS if name != "part"), *_COMPUTED, META)
 _NO_TIME = -(2**63)
 _MOST_LISTED = 60
 
@@ -62,7 +62,7 @@ class KnownFrames:
     def names(self, prefix: str) -> list[str]:
         """The columns of one family."""
         if prefix == "frame":
-            return list(_FRAME_COLUMNS)
+            return list(FRAME_COLUMNS)
         if prefix == "meta":
             return self._rows.metadata_names
         if prefix == "results":

@@ -168,6 +168,21 @@ def test_recipes_name_every_step_and_parameter_with_its_default() -> None:
                 assert _value(given) == field.default or _value(given) == list(field.default), (name, field.name)
 
 
+def test_queries_name_every_column_and_function() -> None:
+    from streaming.condition import FUNCTIONS, Condition
+    from streaming.known_frames import FRAME_COLUMNS
+
+    text = (ROOT / "docs" / "queries.md").read_text()
+    functions = set(re.findall(r"`(\w+)`", text.partition("## Functions")[2])) - {"COALESCE", "CASE", "TRY"}
+    assert functions == FUNCTIONS
+    (columns,) = re.findall(r"^\| `frame\.` \|.*$", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", columns)) == set(FRAME_COLUMNS)
+    written = [c for c in inline_code(ROOT / "docs" / "queries.md") if re.search(r" > |IS NOT TRUE|NOT laser", c)]
+    assert len(written) > 5
+    for condition in written:
+        Condition(condition).close()
+
+
 def test_demo_names_every_key_of_its_json() -> None:
     source = textwrap.dedent(inspect.getsource(_Result.as_json))
     (answer,) = (n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Return))
@@ -282,9 +297,10 @@ def test_own_step_of_the_documents_works(beamline: Path, monkeypatch, tmp_path: 
 
 def test_run_folder_holds_what_the_architecture_says(beamline: Path) -> None:
     run = beamline / "build" / "demo" / "data" / "lysozyme" / "1"
+    nearline.open(run).annotate(start=0, stop=8, laser=True)
     tree = fenced(ROOT / "docs" / "architecture.md", "text")[1]
     found = {re.sub(r"\d+", "0", str(p.relative_to(run))) for p in run.rglob("*")}
-    names = re.findall(r"^    ((?:run|events|eiger|processed|steps|nexus)\S*)", tree, re.MULTILINE)
+    names = re.findall(r"^    ((?:run|events|eiger|processed|steps|nexus|annotations)\S*)", tree, re.MULTILINE)
     assert len(names) > 10
     for name in names:
         stem = re.escape(re.sub(r"\d+", "0", name.rstrip(",/"))).replace("<digest>", r"\w+").replace(r"\ ", " ")

@@ -140,6 +140,24 @@ def test_send_frames_arrive_with_their_metadata(service, example) -> None:
     assert camera[0].data.shape == (480, 640)
 
 
+def test_find_frames_tells_pumped_from_dark(service, detector, example) -> None:
+    simulate(simulated(detector, "lysozyme/7"))
+    run = wait_for_end("lysozyme/7")
+    summary = nearline.process(run.name, EXAMPLES / "lysozyme.yaml", n_threads=2)
+
+    lines = example("find_frames.py", run.name)
+
+    frames = run.processings[summary["processing"]].frames
+    rows = zip(frames["frame_index"].to_pylist(), frames["hit"].to_pylist(), frames["n_peaks"].to_pylist(), strict=True)
+    hits = {index: n_peaks for index, is_hit, n_peaks in rows if is_hit}
+    pumped = [index for index in hits if index % 8 < 4]
+    dark = [index for index in hits if index % 8 >= 4]
+    assert lines[0] == f"{len(pumped)} pumped and {len(dark)} dark hits in {N_FRAMES} frames"
+    sizes = {index: run["eiger"][index].info.size_bytes for index in pumped}
+    assert lines[1 : 1 + len(pumped)] == [f"frame {i} was pumped: {sizes[i]} bytes" for i in pumped]
+    assert lines[1 + len(pumped) :] == [f"frame {i} was dark: {hits[i]} peaks" for i in dark]
+
+
 def test_every_example_is_executed_here() -> None:
     source = Path(__file__).read_text()
     assert [

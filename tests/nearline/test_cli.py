@@ -22,6 +22,7 @@ def nearline(*arguments: str, **environment: str) -> "subprocess.CompletedProces
 COMMANDS = ["serve", "simulate", "replay", "process", "export", "runs", "info", "ledger", "status", "demo", "upload"]
 COMMANDS += ["token", "web", "doctor"]
 COMMANDS += ["delete", "retain"]
+COMMANDS += ["query", "annotate"]
 
 
 def test_help_names_every_command():

@@ -2,7 +2,7 @@
 
 `zarr.open(...)["data"][i]` reads the same bytes at about 2 ms per frame before decoding; this
 reader exists because the hot path wants them at the speed of the page cache. On an object store
-a frame is a range request, and neighbouring frames are fetched by one.
+a frame is a range request, and frames that are read in order are fetched together.
 """
 
 import bisect
@@ -26,6 +26,7 @@ __all__ = ["ShardReader"]
 _MOST_GAP_BYTES = 64 << 10
 # A request brings so much at most: below it the round trip counts, above it parallel ones are faster.
 _REQUEST_BYTES = 8 << 20
+_AHEAD_BYTES = 32 << 20
 
 
 class ShardReader:
@@ -34,6 +35,9 @@ class ShardReader:
     def __init__(self, path: Path, start: int, size: int) -> None:
         """Raises CorruptFrame where the shard is gone, or its index is damaged."""
         self.path, self.start, self.size = path, start, size
+        # Behind a URL: frames fetched together with those before them. Who reads in order asks seldom.
+        self._ahead: dict[int, bytes] | None = None if is_local(path) else {}
+        self._last_read = -2
         try:
             self._file: _File = _LocalFile(path) if is_local(path) else _RemoteFile(path)
             self._rows = self._read_index()
@@ -54,7 +58,8 @@ class ShardReader:
         ------
         CorruptFrame : the stored crc32c disagrees with the bytes.
         """
-        return self._file.read_frame(self._place(frame_index), frame_index)
+        place = self._place(frame_index)
+        return self._read_far(frame_index) if self._ahead is not None else self._file.read_frame(place, frame_index)
 
     def read_many(self, indices: Sequence[int]) -> list[bytes]:
         """Those frames' bytes, as `read` gives them, with as few requests as will do."""
@@ -63,6 +68,41 @@ class ShardReader:
 
     def close(self) -> None:
         self._file.close()
+
+    def _read_far(self, frame_index: int) -> bytes:
+        """A frame by a request of its own, or, once frames are read in order, with those behind it."""
+        assert self._ahead is not None
+        is_next, self._last_read = self._last_read == self._neighbour(frame_index, -1), frame_index
+        blob = self._ahead.pop(frame_index, None)
+        if blob is not None:
+            return blob
+        if is_next:
+            indices = self._from(frame_index)
+            try:
+                # Whatever else was ahead, nobody came for it.
+                self._ahead = dict(zip(indices, self.read_many(indices), strict=True))
+                return self._ahead.pop(frame_index)
+            except CorruptFrame:  # perhaps not this one, but one behind it
+                self._ahead = {}
+        return self._file.read_frame(self._place(frame_index), frame_index)
+
+    def _neighbour(self, frame_index: int, step: int) -> int:
+        """The next frame that is there in that direction; -1 where there is none."""
+        row = frame_index + step
+        while self.start <= row < self.start + self.size:
+            if row in self:
+                return row
+            row += step
+        return -1
+
+    def _from(self, frame_index: int) -> list[int]:
+        """This frame and those behind it, as many as may be held."""
+        indices, n_bytes = [], 0
+        while frame_index >= 0 and n_bytes < _AHEAD_BYTES:
+            indices.append(frame_index)
+            n_bytes += self._place(frame_index).length
+            frame_index = self._neighbour(frame_index, 1)
+        return indices
 
     def _place(self, frame_index: int) -> Location:
         """Where a frame and the crc behind it are."""

@@ -122,14 +122,27 @@ class TestShard:
         with pytest.raises(CorruptFrame, match="was cut or damaged"):
             reader.read(2)
 
-    def test_a_slice_takes_one_request(self, remote, monkeypatch):
-        reader = ShardReader(remote.stream("eiger").shard(1, 2), 4, 4)
-        asked = []
-        fs = reader.path.fs
+    @pytest.mark.parametrize(
+        ("order", "requests"), [([0, 1, 2], 2), ([2, 0], 2), ([1, 2, 0, 1, 2], 4), ([0, 0, 0], 3)], ids=str
+    )
+    def test_frames_in_order_come_together(self, remote, monkeypatch, order, requests):
+        reader = ShardReader(remote.stream("eiger").shard(0, 2), 0, 4)
+        expected = reader.read_many([0, 1, 2])
+        fs, asked = reader.path.fs, []
         ranges = fs.cat_ranges
         monkeypatch.setattr(fs, "cat_ranges", lambda *a, **k: asked.append(len(a[0])) or ranges(*a, **k))
-        reader.read_many([4, 5, 6, 7])
-        assert asked == [1]
+        assert [reader.read(i) for i in order] == [expected[i] for i in order]
+        assert asked == [1] * requests
+
+    def test_a_damaged_frame_ahead_costs_no_other(self, remote):
+        path = remote.stream("eiger").shard(1, 2)
+        content = bytearray(path.read_bytes())
+        content[-5000] ^= 1
+        path.write_bytes(bytes(content))
+        reader = ShardReader(path, 4, 4)
+        assert [len(reader.read(i)) > 0 for i in (4, 5, 6)] == [True] * 3
+        with pytest.raises(CorruptFrame, match="frame 7"):
+            reader.read(7)
 
 
 def test_same_api_as_a_folder(remote):

@@ -21,6 +21,7 @@ __all__ = [
     "GroupNeedsService",
     "IndexConflict",
     "NearlineError",
+    "NewerFile",
     "OutputExists",
     "PlaceUnavailable",
     "ProcessingBusy",
@@ -31,6 +32,7 @@ __all__ = [
     "ShapeMismatch",
     "SourceBusy",
     "StaleLease",
+    "StateUnreadable",
     "StorageFull",
     "StreamNotFound",
     "StreamNotOpen",
@@ -131,6 +133,10 @@ class StaleLease(NearlineError):
     """An acknowledgement for a frame that has meanwhile been leased to another member."""
 
 
+class StateUnreadable(NearlineError):
+    """The service's own state (consumer groups) cannot be read at the moment."""
+
+
 class StorageFull(NearlineError, OSError):
     """The disk refused a write; nothing that was acknowledged as stored is affected."""
 
@@ -149,6 +155,10 @@ class ProcessingBusy(NearlineError):
 
 class SourceBusy(NearlineError, OSError):
     """A port that something else is using already, or that may not be used."""
+
+
+class NewerFile(NearlineError):
+    """A file of the service's state that a later version of this program wrote."""
 
 
 class OutputExists(NearlineError, FileExistsError):

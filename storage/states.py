@@ -35,6 +35,7 @@ READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete)
 
 
 _STATES = tuple(FrameState)
+_READABLE_CODES = frozenset(map(int, READABLE))
 _IS_READABLE = np.array([state in READABLE for state in FrameState])
 
 
@@ -90,7 +91,7 @@ class IndexStates:
 
     def is_readable(self, index: int) -> bool:
         """Whether a frame is there to be read, whole or in part."""
-        return self[index] in READABLE
+        return 0 <= index < self.announced and self._codes.item(index) in _READABLE_CODES
 
     def readable(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The announced indices whose frames can be read, rising, int64."""

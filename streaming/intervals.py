@@ -8,6 +8,8 @@ import numpy as np
 
 __all__ = ["IntervalSet"]
 
+_BLOCK_BITS = 16
+
 
 class IntervalSet:
     """Whole numbers from 0 on, kept as rising half-open runs ``[start, stop)`` that do not touch.
@@ -15,12 +17,16 @@ class IntervalSet:
     The bounds of all runs stand in one array, 16 bytes a run. A number is a member if an odd
     number of bounds lies at or below it; so membership and changes are a search by halves, and adding
     behind the last run costs nothing else.
+
+    To be written in parts, runs count to the block of 65,536 numbers in which they start;
+    ``changed`` are the blocks that are not as they were when somebody last emptied it.
     """
 
-    __slots__ = ("_bounds",)
+    __slots__ = ("_bounds", "changed")
 
     def __init__(self, bounds: Iterable[int] = ()) -> None:
         self._bounds = array("q", bounds)
+        self.changed: set[int] = set()
 
     @property
     def bounds(self) -> list[int]:
@@ -30,6 +36,13 @@ class IntervalSet:
     def add(self, start: int, stop: int) -> None:
         """Take in ``start <= i < stop``."""
         self._replace(start, stop, outside=0)
+
+    def append(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Take in many runs at once, rising and apart from each other, behind all there are."""
+        self.add(int(starts[0]), int(stops[0]))  # may touch the last one
+        bounds = np.column_stack([starts[1:], stops[1:]]).astype(np.int64)
+        self._bounds.frombytes(bounds.tobytes())
+        self.changed.update(np.unique(bounds >> _BLOCK_BITS).tolist())
 
     def discard(self, start: int, stop: int) -> None:
         """Leave out ``start <= i < stop``."""
@@ -47,7 +60,15 @@ class IntervalSet:
             ends.append(start)
         if high % 2 == outside:
             ends.append(stop)
+        before = bounds[low - low % 2 : high]
         bounds[low:high] = ends
+        self.changed.update([bound >> _BLOCK_BITS for bound in before + ends])
+
+    def block(self, number: int) -> list[int]:
+        """The bounds of the runs that start in a block."""
+        first, last = (bisect.bisect_left(self._bounds, edge << _BLOCK_BITS) for edge in (number, number + 1))
+        # An odd one is the stop of a run that starts before.
+        return self._bounds[first + first % 2 : last + last % 2].tolist()
 
     def contains(self, numbers: np.ndarray) -> np.ndarray:
         """Which of the numbers are members, bool, all at once."""

@@ -1,18 +1,22 @@
 """The frame table: one Parquet row per frame of a chunk, for people and queries as much as for us."""
 
+import errno
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.errors import CorruptFrame, NearlineError
 from storage.files import readable
 from storage.frame import FrameInfo, meta_json
 
-__all__ = ["frame_table", "read_frame_table", "table_bytes"]
+__all__ = ["frame_table", "read_frame_table", "read_sendings", "table_bytes"]
 
 _SCHEMA = pa.schema(
     [
@@ -33,6 +37,8 @@ _SCHEMA = pa.schema(
         ("trigger_index", pa.int64()),
         ("producer", pa.string()),
         ("sequence", pa.int64()),
+        ("part", pa.int32()),
+        ("late", pa.bool_()),
     ]
 )
 _FIELDS = tuple(_SCHEMA.names)
@@ -47,7 +53,7 @@ def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
     A metadata key that carries one of the standard names stays in the JSON only, and so do all
     keys beyond the first 500.
     """
-    rows = sorted(infos, key=lambda info: info.frame_index)
+    rows = sorted(infos, key=lambda info: (info.frame_index, info.part))
     columns = [pa.array([getattr(row, name) for row in rows], _SCHEMA.field(name).type) for name in _FIELDS]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
     metas = [row.meta for row in rows]
@@ -66,14 +72,69 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_frame_table(path: Path) -> list[FrameInfo]:
-    """The rows of one chunk's frame table, in index order."""
-    table = pq.read_table(readable(path), columns=[*_FIELDS, _META])
-    columns = [table.column(name).to_pylist() for name in _FIELDS]
-    metas = table.column(_META).to_pylist()
-    return [
-        FrameInfo(**dict(zip(_FIELDS, values, strict=True)), meta=json.loads(meta))
-        for *values, meta in zip(*columns, metas, strict=True)
-    ]
+    """The rows of one chunk's frame table, by index and part.
+
+    Raises
+    ------
+    CorruptFrame : the file is gone or damaged.
+    """
+    with _damage_named(path):
+        table = pq.read_table(readable(path), columns=[*_FIELDS, _META])
+        columns = [table.column(name).to_pylist() for name in _FIELDS]
+        metas = table.column(_META).to_pylist()
+        return [
+            FrameInfo(**dict(zip(_FIELDS, values, strict=True)), meta=json.loads(meta))
+            for *values, meta in zip(*columns, metas, strict=True)
+        ]
+
+
+def read_sendings(path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Who sent the frames of a chunk: each producer with its sequences and the indices they were stored under.
+
+    Costs little where no producer counted, as with a detector. Raises as `read_frame_table`.
+    """
+    with _damage_named(path), pq.ParquetFile(readable(path), read_dictionary=["producer"]) as file:
+        if not _has_producers(file):
+            return
+        table = file.read(columns=["producer", "sequence", "frame_index"]).combine_chunks()
+    if not table.num_rows:
+        return
+    producers, indices = table["producer"].chunk(0), table["frame_index"].to_numpy()
+    numbers, sequences, is_counted = producers.indices.to_numpy(), *_with_gaps(table["sequence"])
+    for number, producer in enumerate(producers.dictionary.to_pylist()):
+        mine = is_counted & (numbers == number)
+        if producer and mine.any():
+            yield producer, sequences[mine], indices[mine]
+
+
+def _with_gaps(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers, of which some may be null, and where they are not: through floats they would lose digits."""
+    if not column.null_count:
+        return column.to_numpy(), np.ones(len(column), bool)
+    values = column.to_pylist()
+    return np.array([value or 0 for value in values], np.int64), np.array([value is not None for value in values])
+
+
+def _has_producers(file: pq.ParquetFile) -> bool:
+    column = file.schema_arrow.get_field_index("producer")
+    groups = [file.metadata.row_group(i).column(column) for i in range(file.metadata.num_row_groups)]
+    return any(group.statistics is None or group.statistics.max != "" for group in groups)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what Parquet says of a damaged or missing file into an error that names it."""
+    try:
+        yield
+    except NearlineError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        # A file that Parquet cannot make sense of is an OSError without a number.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise
+        raise CorruptFrame(
+            f"frame table {path} is gone or damaged ({error}); restore it from a copy, or leave its frames out"
+        ) from error
 
 
 def _scalar_column(values: list[Any]) -> pa.Array | None:

@@ -46,10 +46,9 @@ _MOST_PIECES = 1024
 
 
 class Account(msgspec.Struct, array_like=True, frozen=True):
-    """Frames ``start <= frame_index < stop`` that are not there, as far as nobody knows better: state and cause."""
+    """Frames that were pending and are given up: their ranges (start, stop), rising, with state and cause."""
 
-    start: int
-    stop: int
+    ranges: list[tuple[int, int]]
     state: str
     cause: str
 
@@ -117,7 +116,14 @@ class Journal:
 
         What a living writer has written is whole: a reader that knows of one need not read all the blobs.
         """
-        journal = cls(path, start, size, parts, fd=os.open(path, os.O_RDONLY))
+        return cls.of_file(path, os.open(path, os.O_RDONLY), start, size, parts, checks_blobs=checks_blobs)
+
+    @classmethod
+    def of_file(
+        cls, path: Path, fd: int, start: int, size: int, parts: int = 1, *, checks_blobs: bool = True
+    ) -> "Journal":
+        """A journal for reading only in a file that is open already; ``fd`` is the journal's from here on."""
+        journal = cls(path, start, size, parts, fd=fd)
         journal._load(checks_blobs=checks_blobs)
         return journal
 
@@ -183,7 +189,7 @@ class Journal:
         StorageFull : the disk refused; the journal is as it was before.
         """
         meta = _encode(account)
-        head = _HEAD.pack(_MAGIC, _ACCOUNT, account.start, len(meta), 0, 0)
+        head = _HEAD.pack(_MAGIC, _ACCOUNT, 0, len(meta), 0, 0)
         record = head + _CRC.pack(google_crc32c.extend(google_crc32c.value(head), meta)) + meta + _CRC.pack(0)
         self._write([record], len(record))
         self.accounts.append(account)

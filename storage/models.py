@@ -110,9 +110,10 @@ class StreamHeader(Record):
     run: int
     data_source: str
     kind: Literal["frames", "table"] = "frames"
-    shape: tuple[int, ...] = Field((), description="of one frame, (slow, fast) for an image; () for a table")
+    shape: tuple[int, ...] = Field((), description="of one frame or part, (slow, fast) for an image; () for a table")
     dtype: str = Field("", description="NumPy name, e.g. uint16; empty for a table")
     codec: Literal["bslz4", "lz4", "raw"] = "bslz4"
+    parts: int = Field(1, ge=1, le=1024, description="records that make up one frame, such as a detector's modules")
     frames_per_chunk: int = Field(100, gt=0, le=MOST_FRAMES_PER_CHUNK)
     planned: int = Field(0, ge=0, le=MOST_PLANNED, description="frames the source means to send; 0 when unknown")
     channel: str | None = Field(None, description="the detector's own name of this array, such as threshold_1")
@@ -132,6 +133,11 @@ class StreamHeader(Record):
     @model_validator(mode="after")
     def _bounded(self) -> "StreamHeader":
         """A shape that can be allocated: sizes are believed from here on."""
+        if self.parts * self.frames_per_chunk > MOST_FRAMES_PER_CHUNK:
+            raise BadFrame(
+                f"{self.frames_per_chunk} frames of {self.parts} parts are more than {MOST_FRAMES_PER_CHUNK} in one "
+                "chunk; make chunks of fewer frames"
+            )
         if self.kind == "table":
             return self
         if not self.dtype:
@@ -149,9 +155,14 @@ class StreamHeader(Record):
         return int(np.iinfo(kind).max) if kind.kind in "ui" else float("nan")
 
     @property
+    def array_shape(self) -> tuple[int, ...]:
+        """Shape of one frame in the Zarr array: the parts, if there are several, are its first axis."""
+        return (self.parts, *self.shape) if self.parts > 1 else self.shape
+
+    @property
     def frame_bytes(self) -> int:
-        """Bytes of one decoded frame."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.dtype else 0
+        """Bytes of one decoded frame, all parts of it."""
+        return int(np.prod(self.array_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.dtype else 0
 
 
 class RunHeader(Record):

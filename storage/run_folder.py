@@ -81,6 +81,8 @@ class StreamPaths:
         self.frames = run / f"{data_source}.frames"
         self.chunks = run / f"{data_source}.chunks"
         self.journal = run / f"{data_source}.journal"
+        self.accounts = self.journal / "accounts.journal"
+        self.amendments = run / f"{data_source}.amendments"
         self.claims = run / f"{data_source}.claims"
 
     def shard(self, chunk: int, ndim: int) -> Path:

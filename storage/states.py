@@ -10,9 +10,9 @@ from enum import IntEnum
 import numpy as np
 from pydantic import Field
 
-from storage.models import Record
+from storage.models import Record, StreamHeader
 
-__all__ = ["READABLE", "FrameState", "IndexStates", "StateRange", "StreamLedger"]
+__all__ = ["READABLE", "FrameState", "IndexStates", "StateRange", "StreamLedger", "build_ledger"]
 
 
 class FrameState(IntEnum):
@@ -32,8 +32,10 @@ class FrameState(IntEnum):
 
 # A frame that can be read, whole or in part.
 READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete)
-
-
+# What is not there, in whole or in part, has a reason.
+_HAVE_CAUSE = (FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.pruned)
+# What a ledger lists.
+_LISTED = (FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.late)
 _STATES = tuple(FrameState)
 _READABLE_CODES = frozenset(map(int, READABLE))
 _IS_READABLE = np.array([state in READABLE for state in FrameState])
@@ -154,8 +156,8 @@ class IndexStates:
 
     def _range(self, start: int, stop: int) -> StateRange:
         state = self[start]
-        has_cause = state in (FrameState.missing, FrameState.rejected)
-        return StateRange(state=state.name, start=start, stop=stop, cause=self.cause(start) if has_cause else None)
+        cause = self.cause(start) if state in _HAVE_CAUSE else None
+        return StateRange(state=state.name, start=start, stop=stop, cause=cause)
 
     def _announced_range(self, start: int, stop: int | None) -> tuple[int, int]:
         """The part of a range that is announced; whatever a caller asks for, 0 <= start <= stop."""
@@ -163,7 +165,7 @@ class IndexStates:
         return min(max(start, 0), stop), stop
 
     def _number_of(self, state: FrameState, cause: str | None) -> int:
-        if not cause or cause == self._causes[0] or state in (FrameState.stored, FrameState.pending):
+        if not cause or cause == self._causes[0] or state not in _HAVE_CAUSE:
             return 0
         if cause not in self._cause_numbers:
             self._causes.append(cause)
@@ -174,40 +176,44 @@ class IndexStates:
 class StreamLedger(Record):
     """Every frame of a stream accounted for, DESIGN promise 3.
 
-    ``announced`` = received + missing + rejected (+ pending while live) and
-    ``received`` = buffered + stored + vetoed + pruned; duplicates and late frames are counted
-    beside, since their indices are accounted for already.
+    ``announced`` = received + missing + rejected + late (+ pending while live) and
+    ``received`` = buffered + stored + incomplete + vetoed + pruned; duplicates are counted beside,
+    since their indices are accounted for already.
     """
 
     data_source: str
     planned: int = Field(0, description="frames the source meant to send; 0 when unknown")
     announced: int = Field(0, description="highest index known to exist, plus one")
-    received: int = 0
-    missing: int = 0
-    rejected: int = 0
-    pending: int = 0
-    duplicate: int = 0
-    late: int = 0
+    received: int = Field(0, description="came in time, whole or in part, and usable")
+    missing: int = Field(0, description="never came")
+    rejected: int = Field(0, description="came, but cannot be used")
+    late: int = Field(0, description="came after their chunk was sealed; kept in an amendment segment")
+    pending: int = Field(0, description="not known yet; none once the stream has ended")
+    duplicate: int = Field(0, description="sent again with the same content by somebody else; not in the sums")
     buffered: int = Field(0, description="received, in memory only")
-    stored: int = Field(0, description="received, in the journal or a shard")
-    vetoed: int = 0
-    pruned: int = 0
-    ranges: list[StateRange] = Field(default_factory=list, description="missing and rejected frames with their cause")
+    stored: int = Field(0, description="received, all of it in the journal or a shard")
+    incomplete: int = Field(0, description="received, but some parts never came")
+    vetoed: int = Field(0, description="received, removed on purpose")
+    pruned: int = Field(0, description="received, but not written to disk, and no longer in memory")
+    ranges: list[StateRange] = Field(
+        default_factory=list,
+        description="missing, rejected, incomplete and late frames, with the cause if there is one",
+    )
     is_terminal: bool = False
 
     @property
     def problems(self) -> list[str]:
         """What does not add up, in words; empty when the ledger balances."""
         found = []
-        if self.announced != self.received + self.missing + self.rejected + self.pending:
+        if self.announced != self.received + self.missing + self.rejected + self.late + self.pending:
             found.append(
                 f"{self.data_source}: {self.announced} frames announced, but {self.received} received + {self.missing} "
-                f"missing + {self.rejected} rejected + {self.pending} pending"
+                f"missing + {self.rejected} rejected + {self.late} late + {self.pending} pending"
             )
-        if self.received != self.buffered + self.stored + self.vetoed + self.pruned:
+        if self.received != self.buffered + self.stored + self.incomplete + self.vetoed + self.pruned:
             found.append(
                 f"{self.data_source}: {self.received} frames received, but {self.buffered} buffered + {self.stored} "
-                f"stored + {self.vetoed} vetoed + {self.pruned} pruned"
+                f"stored + {self.incomplete} incomplete + {self.vetoed} vetoed + {self.pruned} pruned"
             )
         if self.is_terminal and self.pending:
             found.append(f"{self.data_source}: the run has ended with {self.pending} frames in no state")
@@ -218,3 +224,25 @@ class StreamLedger(Record):
     @property
     def is_balanced(self) -> bool:
         return not self.problems
+
+
+def build_ledger(header: StreamHeader, states: IndexStates, duplicate: int, *, is_terminal: bool) -> StreamLedger:
+    """The ledger that the states of all indices add up to."""
+    counts = states.counts()
+    stored, incomplete, pruned = (counts[s] for s in (FrameState.stored, FrameState.incomplete, FrameState.pruned))
+    return StreamLedger(
+        data_source=header.data_source,
+        planned=header.planned,
+        announced=sum(counts.values()),
+        received=stored + incomplete + pruned,
+        missing=counts[FrameState.missing],
+        rejected=counts[FrameState.rejected],
+        late=counts[FrameState.late],
+        pending=counts[FrameState.pending],
+        duplicate=duplicate,
+        stored=stored,
+        incomplete=incomplete,
+        pruned=pruned,
+        ranges=[r for r in states.ranges() if FrameState[r.state] in _LISTED],
+        is_terminal=is_terminal,
+    )

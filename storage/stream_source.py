@@ -4,6 +4,7 @@
 runs against both.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from typing import Protocol
 import numpy as np
 
 from storage.errors import CorruptFrame, FrameMissing, GroupNeedsService
+from storage.files import is_local
 from storage.frame import FrameInfo, RawFrame
 from storage.journal import Journal
 from storage.masks import read_plane
 from storage.models import Record, RunState, StreamHeader
 from storage.run_folder import ChunkCommit, Event, RunFolder, has_writer
-from storage.states import FrameState, IndexStates, StreamLedger
-from storage.stream_store import SealedChunks, build_ledger, missing_frame
+from storage.states import FrameState, StreamLedger, build_ledger
+from storage.stored_frames import StoredFrames
 
 __all__ = ["FolderSource", "LeasedFrame", "StreamSource", "StreamStatus"]
 
@@ -65,6 +67,7 @@ class StreamSource(Protocol):
     def read(self, start: int, stop: int) -> list[RawFrame]:
         """Frames in index order, at least the first one available in the range; [] if there is none.
 
+        Of frames in parts, all parts that are there, one after the other.
         May stop early to bound memory: go on behind the last frame returned.
 
         Raises
@@ -74,7 +77,23 @@ class StreamSource(Protocol):
         ...
 
     def read_one(self, frame_index: int) -> RawFrame:
-        """One frame, or the error that says why not (FrameMissing, FrameNotYetAvailable, CorruptFrame)."""
+        """One frame, or the error that says why not (FrameMissing, FrameNotYetAvailable, CorruptFrame).
+
+        Of a frame in parts, the first part that is there.
+        """
+        ...
+
+    def read_parts(self, frame_index: int) -> list[RawFrame]:
+        """All parts of one frame that are there, rising; errors as of `read_one`."""
+        ...
+
+    def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
+        """Rows of the frames in a range by index and part, without their payload; beyond the end there are none.
+
+        Raises
+        ------
+        CorruptFrame : a chunk's frame table is gone or damaged.
+        """
         ...
 
     def latest(self, after: int, timeout: float | None) -> RawFrame | None:
@@ -112,10 +131,11 @@ class FolderSource:
         self.folder = folder
         self.header = folder.stream_header(data_source)
         self._paths = folder.stream(data_source)
-        self.states = IndexStates()
-        self._commits: dict[int, ChunkCommit] = {}
-        self._journals: dict[int, Journal] = {}
-        self._chunks = SealedChunks(self._paths, self.header)
+        self._frames = StoredFrames(self._paths, self.header)
+        self.states = self._frames.states
+        self._accounts: Journal | None = None
+        # Frames that came late for a chunk whose commit is not there yet.
+        self._waiting_late: list[FrameInfo] = []
         self._finished: dict | None = None
         self._is_terminal = False
         self._deletion = folder.deletion
@@ -128,7 +148,7 @@ class FolderSource:
         return StreamStatus(
             announced=self.states.announced,
             watermark=self.states.announced if self._is_terminal else self.states.watermark,
-            n_sealed=len(self._commits),
+            n_sealed=len(self._frames.commits),
             is_terminal=self._is_terminal,
         )
 
@@ -141,43 +161,33 @@ class FolderSource:
     def read(self, start: int, stop: int) -> list[RawFrame]:
         frames: list[RawFrame] = []
         n_bytes = 0
-        for index in self.states.indices(FrameState.stored, start, stop):
+        for index in self.states.readable(start, stop):
             try:
-                frames.append(self.read_one(int(index)))
+                found = self.read_parts(int(index))
             except CorruptFrame:
                 if frames:  # those before it are good; the next call names the damaged one
                     break
                 raise
-            n_bytes += frames[-1].nbytes
+            frames += found
+            n_bytes += sum(frame.nbytes for frame in found)
             if n_bytes >= self._READ_BYTES:
                 break
         return frames
 
     def read_one(self, frame_index: int) -> RawFrame:
-        if self.states[frame_index] is not FrameState.stored:
-            self._refresh()
-        chunk = frame_index // self.header.frames_per_chunk
-        journal = self._journals.get(chunk)
-        if journal is not None and frame_index in journal.infos:
-            return journal.read(frame_index)
-        if self.states[frame_index] is not FrameState.stored:
-            raise missing_frame(self.header, self.states, frame_index, is_terminal=self._is_terminal)
-        return self._chunks.read(frame_index)
+        self._look_for(frame_index)
+        return self._frames.read(frame_index, is_terminal=self._is_terminal)
+
+    def read_parts(self, frame_index: int) -> list[RawFrame]:
+        self._look_for(frame_index)
+        return self._frames.read_parts(frame_index, is_terminal=self._is_terminal)
 
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
-        """Rows of the frame table in index order, without reading payloads."""
-        size = self.header.frames_per_chunk
-        for chunk in range(start // size, -(-stop // size)):
-            rows = self._journals[chunk].infos if chunk in self._journals else {}
-            if chunk in self._commits:
-                rows = self._chunks.infos(chunk)
-            for index in sorted(rows):
-                if start <= index < stop:
-                    yield rows[index]
+        return self._frames.infos(start, stop)
 
     def latest(self, after: int, timeout: float | None) -> RawFrame | None:
         for status in self._looks(timeout):
-            newest = self.states.indices(FrameState.stored, after + 1)[-1:]
+            newest = self.states.readable(after + 1)[-1:]
             if newest.size:
                 return self.read_one(int(newest[0]))
             if status.is_terminal:
@@ -188,9 +198,9 @@ class FolderSource:
         if self._deletion is not None:
             raise FrameMissing(f"chunk {chunk} of {self.header.data_source} was {_in_words(self._deletion)}")
         for status in self._looks(timeout):
-            if chunk in self._commits or status.is_terminal:
+            if chunk in self._frames.commits or status.is_terminal:
                 break
-        return self._commits.get(chunk)
+        return self._frames.commits.get(chunk)
 
     def plane(self, name: str) -> np.ndarray | None:
         return read_plane(self._paths.zarr, name)
@@ -199,14 +209,8 @@ class FolderSource:
         if self._deletion is not None:
             return StreamLedger.model_validate(self._finished)
         self._refresh()
-        counters = self._finished or {"duplicate": 0, "late": 0}
-        return build_ledger(
-            self.header,
-            self.states,
-            counters["duplicate"],
-            counters["late"],
-            is_terminal=self._finished is not None,
-        )
+        duplicate = self._finished["duplicate"] if self._finished else 0
+        return build_ledger(self.header, self.states, duplicate, is_terminal=self._finished is not None)
 
     def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
         raise GroupNeedsService(
@@ -232,6 +236,10 @@ class FolderSource:
         self.states.account(0, ledger.announced, FrameState.pruned, _in_words(deletion))
         self._finished, self._is_terminal = ledger.model_dump(), True
 
+    def _look_for(self, frame_index: int) -> None:
+        if not self.states.is_readable(frame_index):
+            self._refresh()
+
     def _refresh(self) -> None:
         """Take in what has been published since the last look."""
         if self._finished is not None:
@@ -239,43 +247,70 @@ class FolderSource:
         if not self.states.announced:
             # Until the first frame the codec is the writer's guess.
             self.header = self.folder.stream_header(self.header.data_source)
-            self._chunks = SealedChunks(self._paths, self.header)
+            self._frames.change_header(self.header)
         # Asked before reading: a writer that stops in between leaves nothing behind unseen.
         is_written = has_writer(self._paths)
         finished = self.folder.finished(self.header.data_source)
-        for chunk, path in self._paths.journals():
-            self._look_into_journal(chunk, path)
+        if is_local(self._paths.journal):
+            self._look_into_journals(is_written=is_written)
         for chunk in self._paths.commits():
-            if chunk not in self._commits:
-                self._adopt(self._paths.read_commit(chunk))
+            if chunk not in self._frames.commits:
+                self._frames.adopt(self._paths.read_commit(chunk))
+        self._look_into_amendments(is_written=is_written and not finished)
         if finished:
             self.states.announce(finished["announced"])
         # Last: if anything above fails, the next look takes it up again.
         self._finished, self._is_terminal = finished, finished is not None or not is_written
 
-    def _look_into_journal(self, chunk: int, path: Path) -> None:
-        if chunk in self._commits:
+    def _look_into_journals(self, *, is_written: bool) -> None:
+        self._look_into_accounts()
+        for chunk, path in self._paths.journals():
+            if chunk not in self._frames.commits:
+                self._look_into_journal(chunk, path, is_written=is_written)
+
+    def _look_into_accounts(self) -> None:
+        try:
+            there = os.stat(self._paths.accounts)
+        except FileNotFoundError:  # there are none, or the commits say it all by now
+            self._accounts = None
             return
-        journal = self._journals.get(chunk)
+        # Another file under that name holds the same accounts, without those of sealed chunks.
+        if self._accounts is None or os.fstat(self._accounts.fd).st_ino != there.st_ino:
+            self._accounts = Journal.view(self._paths.accounts, 0, 0)
+            new = self._accounts.accounts
+        else:
+            n_known = len(self._accounts.accounts)
+            self._accounts.look_again()
+            new = self._accounts.accounts[n_known:]
+        for account in new:
+            self._frames.account(account)
+
+    def _look_into_journal(self, chunk: int, path: Path, *, is_written: bool) -> None:
+        journal = self._frames.journals.get(chunk)
         if journal is None:
+            size = self.header.frames_per_chunk
             try:
-                journal = Journal.view(path, chunk * self.header.frames_per_chunk, self.header.frames_per_chunk)
+                # What a living writer has written is whole; after a crash only the checksums tell.
+                journal = Journal.view(path, chunk * size, size, self.header.parts, checks_blobs=not is_written)
             except FileNotFoundError:  # sealed meanwhile; its commit comes next
                 return
-            self._journals[chunk] = journal
-            new = list(journal.infos)
+            self._frames.journals[chunk] = journal
+            new = list(journal.infos.values())
         else:
             n_known = len(journal.infos)
             journal.look_again()
-            new = list(journal.infos)[n_known:]
-        for index in new:
-            self.states.set(index, index + 1, FrameState.stored)
+            new = list(journal.infos.values())[n_known:]
+        self._frames.add_rows(new)
 
-    def _adopt(self, commit: ChunkCommit) -> None:
-        self._commits[commit.chunk] = commit
-        self._journals.pop(commit.chunk, None)
-        for part in commit.ranges:
-            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
+    def _look_into_amendments(self, *, is_written: bool) -> None:
+        """Take in late frames; one whose chunk is just being sealed waits for the commit."""
+        waiting = self._waiting_late + self._frames.amendments.look()
+        self._waiting_late = []
+        for info in waiting:
+            if is_written and info.frame_index // self.header.frames_per_chunk not in self._frames.commits:
+                self._waiting_late.append(info)
+            else:
+                self._frames.add_late(info)
 
 
 def _in_words(deletion: Event) -> str:

@@ -10,86 +10,48 @@ what has been taken: `seal`, `end_finish`. `read` may be called from any: a chun
 until its shard is there.
 """
 
+import itertools
+import logging
 import os
 import socket
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 
 import blake3
 import numpy as np
 
+from storage.account_log import AccountLog
+from storage.answers import Answers
 from storage.codec import Buffer
-from storage.errors import BadFrame, FrameMissing, FrameNotYetAvailable, IndexConflict, StreamOwned
+from storage.errors import BadFrame, CorruptFrame, FrameTooLate, IndexConflict, StreamOwned
 from storage.files import make_folder, publish, publish_file, replace, sync_folder
 from storage.frame import FrameInfo, RawFrame, content_digest
-from storage.frame_table import frame_table, read_frame_table, table_bytes
+from storage.frame_table import frame_table, read_sendings, table_bytes
 from storage.journal import Batch, Journal
 from storage.masks import write_plane
 from storage.models import StreamHeader
-from storage.run_folder import ChunkCommit, RunFolder, StreamPaths, claim_stream, latest_epoch
-from storage.shard import ShardReader
-from storage.states import FrameState, IndexStates, StateRange, StreamLedger
+from storage.run_folder import ChunkCommit, RunFolder, claim_stream, latest_epoch
+from storage.states import FrameState, StateRange, StreamLedger, build_ledger
+from storage.stored_frames import StoredFrames, missing_frame
 from storage.zarr_layout import write_array_metadata, write_group
 
-__all__ = ["Admission", "SealedChunks", "StreamStore", "build_ledger", "missing_frame"]
+__all__ = ["Admission", "StreamStore", "missing_frame"]
+
+log = logging.getLogger("nearline.storage")
 
 
 class Admission(StrEnum):
     """What becomes of a frame that has just arrived."""
 
     new = "new"
+    # The same content under the same index, from somebody else.
     duplicate = "duplicate"
+    # The same sending of the same producer: it has not heard the first answer.
+    retry = "retry"
+    # Its chunk is sealed, or being sealed, without it.
     late = "late"
-
-
-class SealedChunks:
-    """Frames of sealed chunks: shard readers and frame tables, the latest few kept open."""
-
-    def __init__(self, paths: StreamPaths, header: StreamHeader, keep: int = 4) -> None:
-        self._paths, self._header, self._keep = paths, header, keep
-        self._shards: OrderedDict[int, ShardReader] = OrderedDict()
-        self._tables: OrderedDict[int, dict[int, FrameInfo]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, frame_index: int) -> RawFrame:
-        """One frame of a sealed chunk; KeyError where the chunk has a hole."""
-        info = self.infos(frame_index // self._header.frames_per_chunk)[frame_index]
-        if self._header.kind == "table":
-            return RawFrame(info, b"")
-        return RawFrame(info, self._shard(frame_index // self._header.frames_per_chunk).read(frame_index))
-
-    def infos(self, chunk: int) -> dict[int, FrameInfo]:
-        """The frame table of a sealed chunk by index."""
-        with self._lock:
-            table = self._tables.get(chunk)
-        if table is None:
-            table = {info.frame_index: info for info in read_frame_table(self._paths.frame_table(chunk))}
-            self.remember(chunk, table)
-        return table
-
-    def remember(self, chunk: int, infos: dict[int, FrameInfo]) -> None:
-        """Keep a table that is in memory anyway."""
-        with self._lock:
-            self._tables[chunk] = infos
-            while len(self._tables) > self._keep:
-                self._tables.popitem(last=False)
-
-    def _shard(self, chunk: int) -> ShardReader:
-        with self._lock:
-            reader = self._shards.get(chunk)
-            if reader is None:
-                size = self._header.frames_per_chunk
-                reader = ShardReader(self._paths.stored_shard(chunk, len(self._header.shape)), chunk * size, size)
-                self._shards[chunk] = reader
-            self._shards.move_to_end(chunk)
-            # Readers in use elsewhere close themselves when the last thread lets go.
-            while len(self._shards) > self._keep:
-                self._shards.popitem(last=False)
-            return reader
 
 
 class StreamStore:
@@ -98,20 +60,25 @@ class StreamStore:
     def __init__(self, folder: RunFolder, header: StreamHeader) -> None:
         self.folder, self.header = folder, header
         self.paths = folder.stream(header.data_source)
-        self.states = IndexStates()
-        self.duplicate = self.late = 0
+        self.duplicate = 0
         self.is_finished = False
         self.aborted: str | None = None
-        self.sealed: dict[int, ChunkCommit] = {}
+        self._frames = StoredFrames(self.paths, header)
+        self.states, self.sealed = self._frames.states, self._frames.commits
+        self._journals, self._amendments = self._frames.journals, self._frames.amendments
+        self._accounts = AccountLog(self.paths.accounts)
+        self._answers = Answers()
+        # Chunks that have been taken to be sealed, with the final states of their indices.
+        self._sealing: dict[int, list[StateRange]] = {}
+        # Chunks below this one have been taken.
         self._first_open = 0
         # Frames below this one are in sealed chunks or in a gap between them: the Zarr array's length.
         self._length = 0
         self._is_ending = False
-        # Chunks that have been taken to be sealed, with the final states of their indices.
-        self._sealing: dict[int, list[StateRange]] = {}
-        self._journals: dict[int, Journal] = {}
         self._has_new_names = False
-        self._chunks = SealedChunks(self.paths, header)
+        # The writer appends late frames while the publisher ends the stream.
+        self._late_lock = threading.Lock()
+        self._takes_late = True
         self.epoch, self._lock_fd = claim_stream(self.paths, f"pid {os.getpid()} on {socket.gethostname()}")
 
     @classmethod
@@ -142,45 +109,50 @@ class StreamStore:
         """Take over a stream after a crash: keep what was stored, roll half-done seals forward."""
         store = cls(folder, folder.stream_header(data_source))
         store._make_folders()
-        for chunk in store.paths.commits():
-            store._adopt_commit(store.paths.read_commit(chunk))
-        for chunk, path in store.paths.journals():
-            if chunk in store.sealed:
-                path.unlink()
-            else:
-                store._adopt_journal(chunk, path)
+        store._load()
         finished = folder.finished(data_source)
         if finished:
             store.states.announce(finished["announced"])
-            store.duplicate, store.late = finished["duplicate"], finished["late"]
+            store.duplicate = finished["duplicate"]
             for chunk in store.begin_finish(0, "unknown", finished.get("aborted")):
                 store.seal(chunk)
-            store.is_finished = True
+            store.is_finished, store._takes_late = True, False
         else:
             store.seal_complete()
         store._publish_length(is_synced=True)
         return store
 
     def admit(self, info: FrameInfo) -> Admission:
-        """Decide on a frame by its index alone, before it takes memory.
+        """Decide on a frame by its row alone, before it takes memory.
 
         Raises
         ------
-        IndexConflict : that index is stored already with other content.
+        IndexConflict : that index is stored already with other content, or this sending under another index.
+        BadFrame : the stream's frames have no such part.
         """
-        index = info.frame_index
-        if self.states[index] is FrameState.stored:
-            if content_digest(self.info(index)) != content_digest(info):
-                raise IndexConflict(
-                    f"frame {index} of {self.header.data_source} arrived twice with different content; "
-                    "the first one is kept, check the source's numbering"
-                )
-            self.duplicate += 1
-            return Admission.duplicate
-        if self._is_ending or self._is_taken(index // self.header.frames_per_chunk):
-            self.late += 1
-            return Admission.late
-        return Admission.new
+        if not 0 <= info.part < self.header.parts:
+            raise BadFrame(
+                f"frame {info.frame_index} of {self.header.data_source} cannot have a part {info.part}: its frames "
+                f"come in {self.header.parts} parts, counted from 0"
+            )
+        answered = None if info.sequence is None else self.answered(info.producer, info.sequence)
+        if answered is not None and answered != info.frame_index:
+            raise IndexConflict(
+                f"sending {info.sequence} of producer {info.producer} to {self.header.data_source} was stored as "
+                f"frame {answered} and now comes as frame {info.frame_index}; the first one is kept, check how the "
+                "source counts"
+            )
+        found = self._frames.info(info.frame_index, info.part)
+        if found is not None:
+            self._check_same(found, info)
+            self.duplicate += answered is None
+            return Admission.duplicate if answered is None else Admission.retry
+        is_late = self._is_ending or self._is_taken(info.frame_index // self.header.frames_per_chunk)
+        return Admission.late if is_late else Admission.new
+
+    def answered(self, producer: str, sequence: int) -> int | None:
+        """The index under which this sending was stored, by this service or one before it; None if it was not."""
+        return self._answers.find(producer, sequence)
 
     def append(self, info: FrameInfo, blob: Buffer) -> None:
         """Journal one admitted frame; afterwards it is *stored*. Errors as of `append_many`."""
@@ -206,18 +178,47 @@ class StreamStore:
             raise
         for journal, kept in written:
             journal.keep(kept)
-        self._set_stored([info.frame_index for info, _ in frames])
+        infos = [info for info, _ in frames]
+        self._frames.add_rows(infos)
+        self._remember(infos)
+
+    def append_late(self, info: FrameInfo, blob: Buffer) -> None:
+        """Keep a frame that was admitted as late, in the amendments; afterwards it is *late* and can be read.
+
+        Raises
+        ------
+        StorageFull : the disk refused; nothing has changed.
+        FrameTooLate : the stream has ended, too.
+        """
+        with self._late_lock:
+            if not self._takes_late or info.frame_index >= self.states.announced:
+                raise FrameTooLate(
+                    f"frame {info.frame_index} of {self.header.data_source} came after the stream had ended with "
+                    f"{self.states.announced} frames; it is not kept, finish the stream after its last frame"
+                )
+            info.late = True
+            self._amendments.append(self.epoch, info, blob)
+            self._frames.add_late(info)
+        self._remember([info])
 
     def account(self, start: int, stop: int, state: FrameState, cause: str) -> None:
-        """Declare the pending indices of a range missing or rejected, with the cause."""
-        self.states.account(start, stop, state, cause)
+        """Declare the pending indices of a range missing or rejected, with the cause, and keep that through a crash.
+
+        Of frames in parts, those of which some are there become incomplete.
+        """
+        self.states.announce(stop)
+        for account in self._frames.give_up(start, stop, state, cause):
+            self._accounts.add(account)
+        if self._accounts.is_long:
+            first_unsealed = next(chunk for chunk in itertools.count() if chunk not in self.sealed)
+            self._accounts.shorten(first_unsealed * self.header.frames_per_chunk)
 
     def change_codec(self, codec: str) -> None:
         """Correct the header before the first frame: a start message does not say how frames are compressed."""
         if self.states.announced:
             raise BadFrame(f"{self.header.data_source} has frames already; its codec stays {self.header.codec}")
         self.header = StreamHeader.model_validate(self.header.model_dump() | {"codec": codec})
-        self._chunks = SealedChunks(self.paths, self.header)
+        self._frames.change_header(self.header)
         replace(self.paths.header, self.header.model_dump_json(indent=2).encode())
         self._write_zarr_metadata()
 
@@ -251,8 +252,7 @@ class StreamStore:
         """
         if chunk in self.sealed:
             return self.sealed[chunk]
-        if latest_epoch(self.paths) != self.epoch:
-            raise StreamOwned(f"{self.paths.zarr}: a newer service has claimed this stream; this one stops writing it")
+        self._check_epoch()
         journal = self._journals.get(chunk)
         infos = journal.infos if journal else {}
         if journal and self.header.kind == "frames":
@@ -262,7 +262,7 @@ class StreamStore:
         if not publish(self.paths.commit(chunk), commit.model_dump_json(indent=1).encode()):
             raise StreamOwned(f"{self.paths.commit(chunk)} was published by another service; this one stops writing it")
         # In this order: whoever finds a chunk no longer in one place finds it in the next.
-        self._chunks.remember(chunk, infos)
+        self._frames.chunks.remember(chunk, infos)
         self.sealed[chunk] = commit
         self._sealing.pop(chunk, None)
         self._length = max(self._length, commit.stop)
@@ -295,17 +295,25 @@ class StreamStore:
         return unsealed
 
     def end_finish(self) -> None:
-        """Record the end, once every chunk is sealed; in the thread that seals. After an OSError, call it again."""
+        """Seal the amendments and record the end, once every chunk is sealed; in the thread that seals.
+
+        From here on no late frame is taken. After an OSError, call it again.
+        """
         if self.is_finished:
             return
+        self._check_epoch()
+        with self._late_lock:
+            self._takes_late = False
+        self._amendments.seal(self.epoch)
         self._publish_length(is_synced=True)
+        self._accounts.remove()
         self.folder.add_event(
             "stream_finished",
             {
                 "data_source": self.header.data_source,
                 "announced": self.states.announced,
                 "duplicate": self.duplicate,
-                "late": self.late,
+                "late": self.states.count(FrameState.late),
                 "aborted": self.aborted,
             },
         )
@@ -319,25 +327,28 @@ class StreamStore:
         return done
 
     def read(self, frame_index: int) -> RawFrame:
-        """A stored frame, from its journal or shard.
+        """A frame from its journal, shard or amendment; of one in parts, the first part that is there.
 
         Raises
         ------
         FrameMissing, FrameNotYetAvailable, CorruptFrame
         """
-        # The state before the place: a stored frame is in a journal until its chunk is sealed.
-        if self.states[frame_index] is not FrameState.stored:
-            raise missing_frame(self.header, self.states, frame_index, is_terminal=self.is_finished)
-        journal = self._journals.get(frame_index // self.header.frames_per_chunk)
-        return journal.read(frame_index) if journal is not None else self._chunks.read(frame_index)
+        return self._frames.read(frame_index, is_terminal=self.is_finished)
 
-    def info(self, frame_index: int) -> FrameInfo:
-        """The row of a stored frame; KeyError if it is not stored."""
-        if self.states[frame_index] is not FrameState.stored:
+    def read_parts(self, frame_index: int) -> list[RawFrame]:
+        """All parts of a frame that are there, rising. Errors as of `read`."""
+        return self._frames.read_parts(frame_index, is_terminal=self.is_finished)
+
+    def info(self, frame_index: int, part: int = 0) -> FrameInfo:
+        """The row of a frame or part; KeyError if it is not stored."""
+        found = self._frames.info(frame_index, part)
+        if found is None:
             raise KeyError(frame_index)
-        chunk = frame_index // self.header.frames_per_chunk
-        journal = self._journals.get(chunk)
-        return journal.infos[frame_index] if journal is not None else self._chunks.infos(chunk)[frame_index]
+        return found
+
+    def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
+        """Rows of the readable frames of a range by index and part, without reading payloads."""
+        return self._frames.infos(start, stop)
 
     def sync(self) -> None:
         """Make all stored frames durable; from any thread."""
@@ -350,15 +361,17 @@ class StreamStore:
                 raise
         for journal in list(self._journals.values()):
             journal.sync()
+        self._accounts.sync()
+        self._amendments.sync()
 
     def ledger(self) -> StreamLedger:
         """The account of this stream now."""
-        return build_ledger(self.header, self.states, self.duplicate, self.late, is_terminal=self.is_finished)
+        return build_ledger(self.header, self.states, self.duplicate, is_terminal=self.is_finished)
 
     def close(self) -> None:
         """Give the stream up; open journals stay as they are and can be recovered."""
         # Not closed by hand: a reader may be in the middle of one, the last to let go closes it.
-        self._journals = {}
+        self._journals.clear()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -375,32 +388,61 @@ class StreamStore:
         write_group(self.paths.zarr, {"nearline": self.header.model_dump(mode="json")})
         write_array_metadata(self.paths.array, self.header, 0)
 
-    def _adopt_commit(self, commit: ChunkCommit) -> None:
-        self.sealed[commit.chunk] = commit
-        self._length = max(self._length, commit.stop)
-        for part in commit.ranges:
-            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
-
-    def _adopt_journal(self, chunk: int, path: Path) -> None:
+    def _load(self) -> None:
+        """Take up what earlier services left."""
         size = self.header.frames_per_chunk
-        journal = Journal.recover(path, chunk * size, size)
-        self._journals[chunk] = journal
-        for index in journal.infos:
-            self.states.set(index, index + 1, FrameState.stored)
+        for chunk in self.paths.commits():
+            commit = self.paths.read_commit(chunk)
+            self._frames.adopt(commit)
+            self._length = max(self._length, commit.stop)
+            self._load_answers(chunk)
+        for account in self._accounts.recover():
+            self._frames.account(account)
+        for chunk, path in self.paths.journals():
+            if chunk in self.sealed:
+                path.unlink()
+                continue
+            journal = Journal.recover(path, chunk * size, size, self.header.parts)
+            self._journals[chunk] = journal
+            self._frames.add_rows(journal.infos.values())
+            self._remember(journal.infos.values())
+        for info in self._amendments.recover():
+            self._frames.add_late(info)
+            self._remember([info])
+
+    def _load_answers(self, chunk: int) -> None:
+        try:
+            for producer, sequences, indices in read_sendings(self.paths.frame_table(chunk)):
+                self._answers.add_many(producer, sequences, indices)
+        except CorruptFrame as error:  # the run goes on; only a retry of these very frames is not known as one
+            log.error("%s", error)
+
+    def _remember(self, infos: Iterable[FrameInfo]) -> None:
+        """Note who sent these frames, so that a retry gets the same answer."""
+        for info in infos:
+            if info.producer and info.sequence is not None:
+                self._answers.add(info.producer, info.sequence, info.frame_index)
+
+    def _check_same(self, found: FrameInfo, info: FrameInfo) -> None:
+        if content_digest(found) != content_digest(info):
+            raise IndexConflict(
+                f"frame {info.frame_index} of {self.header.data_source} arrived twice with different content; "
+                "the first one is kept, check the source's numbering"
+            )
 
     def _by_chunk(self, frames: Sequence[tuple[FrameInfo, Buffer]]) -> dict[int, list[tuple[FrameInfo, Buffer]]]:
-        size = self.header.frames_per_chunk
+        size, parts = self.header.frames_per_chunk, self.header.parts
         batches: dict[int, list[tuple[FrameInfo, Buffer]]] = {}
-        seen: set[int] = set()
+        slots: set[int] = set()
         for frame in frames:
-            index = frame[0].frame_index
-            seen.add(index)
-            chunk = index // size
+            info = frame[0]
+            slots.add(info.frame_index * parts + info.part)
+            chunk = info.frame_index // size
             if chunk in batches:
                 batches[chunk].append(frame)
             else:
                 batches[chunk] = [frame]
-        if len(seen) < len(frames):
+        if len(slots) < len(frames):
             raise IndexConflict(
                 f"the same frame index of {self.header.data_source} comes twice among {len(frames)} frames to be "
                 "stored at once; check the source's numbering"
@@ -411,21 +453,14 @@ class StreamStore:
         journal = self._journals.get(chunk)
         if journal is None:
             size = self.header.frames_per_chunk
-            journal = Journal.create(self.paths.open_journal(chunk), chunk * size, size)
+            journal = Journal.create(self.paths.open_journal(chunk), chunk * size, size, self.header.parts)
             # The name becomes durable with the next `sync`, as the frames do.
             self._journals[chunk], self._has_new_names = journal, True
         return journal
 
-    def _set_stored(self, indices: list[int]) -> None:
-        """Set runs of neighbours at once: a frame each costs more than the frame."""
-        start = stop = indices[0] if indices else 0
-        for index in indices:
-            if index != stop:
-                self.states.set(start, stop, FrameState.stored)
-                start = index
-            stop = index + 1
-        if stop > start:
-            self.states.set(start, stop, FrameState.stored)
+    def _check_epoch(self) -> None:
+        if latest_epoch(self.paths) != self.epoch:
+            raise StreamOwned(f"{self.paths.zarr}: a newer service has claimed this stream; this one stops writing it")
 
     def _is_taken(self, chunk: int) -> bool:
         """Whether a chunk is sealed or being sealed; asked in the order in which the publisher moves it on."""
@@ -433,10 +468,15 @@ class StreamStore:
 
     def _take(self, chunk: int) -> None:
         size = self.header.frames_per_chunk
-        self._sealing[chunk] = self.states.ranges(chunk * size, min((chunk + 1) * size, self.states.announced))
+        ranges = self.states.ranges(chunk * size, min((chunk + 1) * size, self.states.announced))
+        # After a crash in the middle of a seal some are known that came late for it; to the chunk they are missing.
+        self._sealing[chunk] = [
+            r.model_copy(update={"state": FrameState.missing.name, "cause": "late"}) if r.state == "late" else r
+            for r in ranges
+        ]
 
     def _publish_shard(self, chunk: int, journal: Journal) -> None:
-        shard = self.paths.shard(chunk, len(self.header.shape))
+        shard = self.paths.shard(chunk, len(self.header.array_shape))
         make_folder(shard.parent)
         journal.write_index()
         if not publish_file(journal.path, shard):
@@ -445,14 +485,14 @@ class StreamStore:
     def _commit_of(self, chunk: int, infos: dict[int, FrameInfo]) -> ChunkCommit:
         ranges = self._sealing[chunk]
         digest = blake3.blake3()
-        for index in sorted(infos):
-            digest.update(content_digest(infos[index]))
+        for slot in sorted(infos):
+            digest.update(content_digest(infos[slot]))
         return ChunkCommit(
             chunk=chunk,
             start=ranges[0].start,
             stop=ranges[-1].stop,
             ranges=ranges,
-            n_frames=len(infos),
+            n_frames=len(infos) if self.header.parts == 1 else len({info.frame_index for info in infos.values()}),
             size_bytes=sum(info.size_bytes for info in infos.values()),
             digest=digest.hexdigest(),
             epoch=self.epoch,
@@ -463,49 +503,3 @@ class StreamStore:
         """Bring the Zarr array's length up to date; while the stream is open, recovery would write it again."""
         if self.header.kind == "frames":
             write_array_metadata(self.paths.array, self.header, self._length, is_synced=is_synced)
-
-
-def build_ledger(
-    header: StreamHeader,
-    states: IndexStates,
-    duplicate: int,
-    late: int,
-    *,
-    is_terminal: bool,
-) -> StreamLedger:
-    """The ledger that the states of all indices add up to."""
-    counts = states.counts()
-    stored = counts[FrameState.stored]
-    return StreamLedger(
-        data_source=header.data_source,
-        planned=header.planned,
-        announced=sum(counts.values()),
-        received=stored,
-        missing=counts[FrameState.missing],
-        rejected=counts[FrameState.rejected],
-        pending=counts[FrameState.pending],
-        duplicate=duplicate,
-        late=late,
-        stored=stored,
-        ranges=[r for r in states.ranges() if r.state in ("missing", "rejected")],
-        is_terminal=is_terminal,
-    )
-
-
-def missing_frame(
-    header: StreamHeader, states: IndexStates, index: int, *, is_terminal: bool
-) -> FrameMissing | FrameNotYetAvailable:
-    """The error that says why a frame cannot be had."""
-    name = f"frame {index} of {header.experiment}/{header.run}/{header.data_source}"
-    if index < 0:
-        return FrameMissing(f"{name} does not exist: counted from the end, there are {states.announced} frames so far")
-    state = states[index]
-    if state in (FrameState.missing, FrameState.rejected):
-        return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")
-    if state is FrameState.pruned:
-        return FrameMissing(f"{name} was {states.cause(index)}")
-    if is_terminal:
-        return FrameMissing(f"{name} does not exist: the run has ended with {states.announced} frames")
-    return FrameNotYetAvailable(
-        f"{name} has not arrived yet ({states.announced} frames so far); follow() waits for frames"
-    )

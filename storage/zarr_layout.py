@@ -9,7 +9,7 @@ import numpy as np
 from storage.files import replace
 from storage.models import StreamHeader
 
-__all__ = ["array_metadata", "frame_codecs", "write_array_metadata", "write_group"]
+__all__ = ["array_metadata", "frame_codecs", "inner_shape", "write_array_metadata", "write_group"]
 
 _LITTLE_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _AXES = ("z", "y", "x")
@@ -25,8 +25,8 @@ def frame_codecs(header: StreamHeader) -> list[dict[str, Any]]:
 
 
 def array_metadata(header: StreamHeader, n_frames: int) -> dict[str, Any]:
-    """``zarr.json`` of ``data``: inner chunk = one frame, shard = one chunk of N frames."""
-    shape = list(header.shape)
+    """``zarr.json`` of ``data``: inner chunk = one frame (or part of one), shard = one chunk of N frames."""
+    shape, axes = list(header.array_shape), list(_AXES[3 - len(header.shape) :])
     fill: Any = header.fill_value
     return {
         "zarr_format": 3,
@@ -43,7 +43,7 @@ def array_metadata(header: StreamHeader, n_frames: int) -> dict[str, Any]:
             {
                 "name": "sharding_indexed",
                 "configuration": {
-                    "chunk_shape": [1, *shape],
+                    "chunk_shape": inner_shape(header),
                     "codecs": frame_codecs(header),
                     "index_codecs": [_LITTLE_BYTES, {"name": "crc32c"}],
                     "index_location": "end",
@@ -51,8 +51,13 @@ def array_metadata(header: StreamHeader, n_frames: int) -> dict[str, Any]:
             }
         ],
         "attributes": {},
-        "dimension_names": ["frame", *_AXES[3 - len(shape) :]],
+        "dimension_names": ["frame", *(["part"] if header.parts > 1 else []), *axes],
     }
+
+
+def inner_shape(header: StreamHeader) -> list[int]:
+    """What is compressed as one: a frame, or one of its parts."""
+    return [1] * (1 + len(header.array_shape) - len(header.shape)) + list(header.shape)
 
 
 def write_array_metadata(array: Path, header: StreamHeader, n_frames: int, *, is_synced: bool = True) -> None:

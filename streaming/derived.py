@@ -84,8 +84,11 @@ class _IntoFolder:
             blob = b"" if blob is None else blob
             info = FrameInfo(frame_index=index, size_bytes=memoryview(blob).nbytes, meta=meta)
             info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
-            if self._store.admit(info) is Admission.new:
+            admission = self._store.admit(info)
+            if admission is Admission.new:
                 self._store.append(info, blob)
+            elif admission is Admission.late:
+                self._store.append_late(info, blob)
         self._store.seal_complete()
 
     def finish(self, announced: int) -> None:

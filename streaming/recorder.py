@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from storage.catalog import Catalog
 from storage.codec import check_blob
-from storage.errors import BadFrame, BadName, IndexConflict, NearlineError, StreamOwned
+from storage.errors import BadFrame, BadName, FrameTooLate, IndexConflict, NearlineError, StreamOwned
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest, meta_bytes
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run, run_key
@@ -383,12 +383,15 @@ class Recorder:
 
     def _admit_and_append(self, stream: LiveStream, frame: RawFrame) -> str:
         admission = stream.store.admit(frame.info)
-        if admission is not Admission.new:
-            return admission.value
+        if admission in (Admission.duplicate, Admission.retry):
+            return Admission.duplicate.value
+        store_it = stream.store.append if admission is Admission.new else stream.store.append_late
         while True:
             try:
-                stream.store.append(frame.info, frame.blob)
+                store_it(frame.info, frame.blob)
                 break
+            except FrameTooLate:
+                return Admission.late.value
             except OSError as error:
                 if error.errno not in _WAIT_AND_RETRY:
                     raise
@@ -396,6 +399,8 @@ class Recorder:
                 if self._stopping.wait(_RETRY_FULL_DISK_S):
                     raise
         self.is_disk_full = False
+        if admission is Admission.late:
+            return admission.value
         self.buffer.keep_stored(stream.key, frame)
         return "stored"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import NearlineError, StaleLease
-from storage.frame import RawFrame
+from storage.frame import FrameInfo, RawFrame
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
 from storage.states import StreamLedger
@@ -60,6 +60,15 @@ class ServiceSource:
     def read_one(self, frame_index: int) -> RawFrame:
         request = wire.Read(id=0, stream=self._ref, start=frame_index, stop=frame_index + 1, exact=True)
         return self._frames(*self._client.connection.ask_frames(request))[0]
+
+    def read_parts(self, frame_index: int) -> list[RawFrame]:
+        request = wire.Read(id=0, stream=self._ref, start=frame_index, stop=frame_index + 1, exact=True)
+        return self._frames(*self._client.connection.ask_frames(request))
+
+    def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
+        while frames := self.read(start, stop):
+            yield from (frame.info for frame in frames)
+            start = frames[-1].info.frame_index + 1
 
     def latest(self, after: int, timeout: float | None) -> RawFrame | None:
         for slice_s in _slices(timeout):

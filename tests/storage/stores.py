@@ -38,13 +38,27 @@ def row(index: int, blob: bytes, **fields) -> FrameInfo:
     return info
 
 
-def frame_of(store: StreamStore, index: int) -> tuple[FrameInfo, bytes]:
-    """A frame whose pixels follow from its index."""
-    blob = encode(pixels(index, store.header.dtype, store.header.shape), store.header.codec)
-    return row(index, blob, meta={"delay": index / 10}), blob
+def frame_of(store: StreamStore, index: int, part: int = 0, **fields) -> tuple[FrameInfo, bytes]:
+    """A frame, or part of one, whose pixels follow from its index and part."""
+    blob = b""
+    if store.header.kind == "frames":
+        blob = encode(pixels(index + 1000 * part, store.header.dtype, store.header.shape), store.header.codec)
+    return row(index, blob, part=part, meta={"delay": index / 10}, **fields), blob
 
 
-def put(store: StreamStore, *indices: int) -> None:
+def put(store: StreamStore, *indices: int, part: int = 0) -> None:
     """Append such frames, one by one."""
     for index in indices:
-        store.append(*frame_of(store, index))
+        store.append(*frame_of(store, index, part))
+
+
+def put_late(store: StreamStore, *indices: int, part: int = 0) -> None:
+    """Keep such frames as late ones."""
+    for index in indices:
+        store.append_late(*frame_of(store, index, part))
+
+
+def reopened(store: StreamStore) -> StreamStore:
+    """The next service, after this one has died."""
+    store.close()
+    return StreamStore.recover(RunFolder.open(store.folder.path), store.header.data_source)

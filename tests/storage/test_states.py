@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.models import StreamHeader
-from storage.states import FrameState, IndexStates, StreamLedger
-from storage.stream_store import build_ledger
+from storage.states import FrameState, IndexStates, StreamLedger, build_ledger
 
 HEADER = StreamHeader(experiment="e", run=1, data_source="d", shape=(2, 2), dtype="uint8")
 
@@ -18,7 +17,7 @@ changes = st.lists(
         st.sampled_from(["set", "account", "announce"]),
         st.integers(0, 3000),
         st.integers(0, 300),
-        st.sampled_from([FrameState.stored, FrameState.missing, FrameState.rejected]),
+        st.sampled_from([state for state in FrameState if state is not FrameState.pending]),
         st.sampled_from([None, "dropped", "bad shape", "unknown"]),
     ),
     max_size=12,
@@ -36,7 +35,8 @@ def apply(done) -> tuple[IndexStates, dict[int, tuple[FrameState, str]], int]:
         getattr(states, what)(start, start + n, state, cause)
         for index in range(start, start + n):
             if what == "set" or index not in model:
-                model[index] = (state, "unknown" if cause is None or state is FrameState.stored else cause)
+                has_cause = state in (FrameState.missing, FrameState.rejected, FrameState.incomplete)
+                model[index] = (state, cause if cause and has_cause else "unknown")
     return states, model, announced
 
 
@@ -90,9 +90,9 @@ def test_ledger_balances(done, is_terminal):
     states, _, announced = apply(done)
     if is_terminal:
         states.account(0, announced, FrameState.missing, "end")
-    ledger = build_ledger(HEADER, states, 1, 2, is_terminal=is_terminal)
+    ledger = build_ledger(HEADER, states, 1, is_terminal=is_terminal)
     assert ledger.problems == []
-    assert ledger.received + ledger.missing + ledger.rejected + ledger.pending == announced
+    assert ledger.received + ledger.missing + ledger.rejected + ledger.late + ledger.pending == announced
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,12 @@ def test_ledger_balances(done, is_terminal):
     [
         ({"announced": 5, "received": 3, "stored": 3}, "5 frames announced, but 3 received"),
         ({"announced": 3, "received": 3, "stored": 2}, "3 frames received, but 0 buffered \\+ 2 stored"),
+        ({"announced": 3, "late": 2}, "3 frames announced, but 0 received .* 2 late"),
+        ({"announced": 2, "received": 2, "stored": 1}, "0 incomplete"),
         ({"announced": 1, "pending": 1, "is_terminal": True}, "ended with 1 frames in no state"),
         ({"announced": 1, "received": 1, "buffered": 1, "is_terminal": True}, "1 frames in memory only"),
     ],
-    ids=["lost", "not stored", "pending at the end", "buffered at the end"],
+    ids=["lost", "not stored", "late", "incomplete", "pending at the end", "buffered at the end"],
 )
 def test_imbalance_is_said(fields, words):
     ledger = StreamLedger(data_source="eiger", **fields)

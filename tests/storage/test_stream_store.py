@@ -20,12 +20,7 @@ from storage.states import FrameState
 from storage.stream_source import FolderSource, state_of
 from storage.stream_store import Admission, StreamStore
 
-from .stores import frame_of, new_folder, new_header, new_store, pixels, put, row
-
-
-def reopened(store: StreamStore) -> StreamStore:
-    store.close()
-    return StreamStore.recover(RunFolder.open(store.folder.path), store.header.data_source)
+from .stores import frame_of, new_folder, new_header, new_store, pixels, put, reopened, row
 
 
 def stored(store: StreamStore) -> dict[int, bytes]:
@@ -253,7 +248,7 @@ def test_late_frame_is_counted(tmp_path):
     assert store.admit(row(3, b"")) is Admission.new, "the chunk is open: it may still come"
     store.seal_complete()
     assert store.admit(row(3, b"")) is Admission.late
-    assert store.late == 1
+    assert store.ledger().late == 0, "it is not kept yet"
 
 
 def test_frame_declared_missing_that_comes_before_the_seal_is_stored(tmp_path):

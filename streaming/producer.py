@@ -120,7 +120,6 @@ class RunProducer:
                     frame_index=index,
                     size_bytes=memoryview(blob).nbytes,
                     producer=self._producer.data_source,
-                    sequence=index,
                     meta=meta,
                 )
             )

@@ -399,8 +399,6 @@ class Recorder:
                 if self._stopping.wait(_RETRY_FULL_DISK_S):
                     raise
         self.is_disk_full = False
-        if admission is Admission.late:
-            return admission.value
         self.buffer.keep_stored(stream.key, frame)
         return "stored"
 

@@ -35,7 +35,7 @@ from storage.masks import read_plane
 from storage.models import StreamHeader
 from storage.names import check_name, check_run, run_key
 from storage.run_folder import RunFolder
-from storage.states import FrameState, IndexStates, StreamLedger
+from storage.states import IndexStates, StreamLedger
 from storage.stream_source import FolderSource, StreamStatus
 from storage.stream_store import missing_frame
 from streaming import wire
@@ -468,7 +468,7 @@ class Server(threading.Thread):
         stop = max(min(request.stop, start + _MOST_FRAMES_AT_ONCE, view.states.announced), start)
         credit = min(request.max_bytes, p.client.credit, _MOST_BYTES_AN_ANSWER)
         frames: list[RawFrame] = []
-        for index in view.states.indices(FrameState.stored, start, stop):
+        for index in view.states.readable(start, stop):
             if frames and credit <= 0:
                 return _frames(request.id, frames, int(index))
             try:
@@ -482,12 +482,12 @@ class Server(threading.Thread):
         return _frames(request.id, frames, stop)
 
     def _require_stored(self, view: "_StreamView", index: int) -> None:
-        if view.states[index] is not FrameState.stored:
+        if not view.states.is_readable(index):
             raise missing_frame(view.header, view.states, index, is_terminal=view.is_terminal)
 
     def _latest(self, p: _Parked) -> Answer | None:
         view = self._view(p.request.stream)
-        newest = view.states.indices(FrameState.stored, p.request.after + 1)[-1:]
+        newest = view.states.readable(p.request.after + 1)[-1:]
         if newest.size:
             frame = self._frame(view, int(newest[0]))
             return _frames(p.request.id, [frame], int(newest[0]) + 1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.models import StreamHeader
-from storage.states import FrameState, IndexStates, StreamLedger, build_ledger
+from storage.states import READABLE, FrameState, IndexStates, StreamLedger, build_ledger
 
 HEADER = StreamHeader(experiment="e", run=1, data_source="d", shape=(2, 2), dtype="uint8")
 
@@ -58,8 +58,10 @@ def test_what_is_readable_only_after_it_was_given_up_is_listed_as_late(done):
             states.announce(start + n)
             continue
         indices = range(start, start + n)
-        if what == "set" and state is FrameState.stored:
-            late += [i for i in indices if states[i] in (FrameState.missing, FrameState.rejected)]
+        if what == "set" and state is FrameState.late:
+            late += indices
+        elif what == "set" and state in READABLE:
+            late += [i for i in indices if states[i] is not FrameState.pending and states[i] not in READABLE]
         getattr(states, what)(start, start + n, state, cause)
     states.set(5, 7, FrameState.late)
     assert states.late_order == [*late, 5, 6]

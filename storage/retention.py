@@ -201,8 +201,17 @@ def _tombstone(folder: RunFolder, by: str, why: str) -> dict[str, object]:
 
 
 def _pruned(ledger: StreamLedger) -> StreamLedger:
-    gone = ledger.pruned + ledger.stored
-    return ledger.model_copy(update={"stored": 0, "pruned": gone, "is_terminal": True})
+    return ledger.model_copy(
+        update={
+            "received": ledger.received + ledger.late,
+            "pruned": ledger.pruned + ledger.stored + ledger.incomplete + ledger.late,
+            "stored": 0,
+            "incomplete": 0,
+            "late": 0,
+            "ranges": [r for r in ledger.ranges if r.state not in ("incomplete", "late")],
+            "is_terminal": True,
+        }
+    )
 
 
 def _payload(folder: RunFolder) -> Iterator[Path]:

@@ -35,7 +35,7 @@ def apply(done) -> tuple[IndexStates, dict[int, tuple[FrameState, str]], int]:
         getattr(states, what)(start, start + n, state, cause)
         for index in range(start, start + n):
             if what == "set" or index not in model:
-                has_cause = state in (FrameState.missing, FrameState.rejected, FrameState.incomplete)
+                has_cause = state not in (FrameState.pending, FrameState.stored, FrameState.late)
                 model[index] = (state, cause if cause and has_cause else "unknown")
     return states, model, announced
 

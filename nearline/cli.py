@@ -604,5 +604,25 @@ def retain(
     raise typer.Exit(2 if result.refused else 0)
 
 
+@app.command()
+def verify(
+    run: RunName,
+    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read everything of a run and compare it with its checksums; exit code 2 if anything is damaged or gone.
+
+    Frames that never came are listed with their cause; they are no damage.
+    """
+    from nearline import upkeep
+    from storage.verify import verify_run
+
+    folder = upkeep.run_path(run, root)
+    with upkeep.ByteBar("verifying", errors) as bar:
+        report = verify_run(folder, bar)
+    upkeep.verified(console, run, report, as_json)
+    raise typer.Exit(0 if report.is_sound else 2)
+
+
 if __name__ == "__main__":
     main()

@@ -15,19 +15,27 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from nearline.show import StageBars, validated
-from storage.errors import NearlineError
-from storage.files import file_sizes, to_path
+from storage.errors import NearlineError, RunNotFound
+from storage.files import file_sizes, is_local, to_path
 from storage.names import parse_run_key, run_key
 from storage.run_folder import RunFolder
 
 
 def run_folder(run: str, root: Path | None) -> RunFolder:
     """The folder of a run named by its path or URL, or as experiment/number below a data folder."""
+    return RunFolder.open(run_path(run, root))
+
+
+def run_path(run: str, root: Path | None) -> Path:
+    """Where that is; RunNotFound if there is no such folder."""
     is_path = run.startswith((".", "/")) or run.count("/") > 1
-    if is_path or (root is None and (to_path(run) / "run.json").exists()):
-        return RunFolder.open(run)
-    experiment, number = parse_run_key(run)
-    return RunFolder.open((root or Path("nearline-data")) / experiment / str(number))
+    path = to_path(run)
+    if not is_path and (root is not None or not path.is_dir()):
+        experiment, number = parse_run_key(run)
+        path = (root or Path("nearline-data")) / experiment / str(number)
+    if not is_local(path) or path.is_dir():
+        return path
+    raise RunNotFound(f"no run in {path}; give experiment/number and --root, or a run folder such as data/lyso-2026/17")
 
 
 class ByteBar:
@@ -167,3 +175,35 @@ def retained(console: Console, result: Any, as_json: bool, *, dry_run: bool) -> 
     console.print(table if result.selected else "no run is to be deleted")
     for name, why in result.refused.items():
         console.print(f"[red]{name}:[/red] {why}", highlight=False, soft_wrap=True)
+
+
+# ---- verifying ----------------------------------------------------------------------------------
+
+_MOST_LINES = 50
+
+
+def verified(console: Console, name: str, report: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"run": name, "is_sound": report.is_sound} | report.model_dump(mode="json")))
+        return
+    if report.findings:
+        table = Table("file", "frame", "what", "what to do")
+        for finding in report.findings[:_MOST_LINES]:
+            frame = "" if finding.frame is None else str(finding.frame)
+            table.add_row(finding.file, frame, finding.what, finding.remedy)
+        console.print(table)
+    for hole in report.holes[:_MOST_LINES]:
+        part = hole.frames
+        frames = f"frame {part.start}" if part.stop == part.start + 1 else f"frames {part.start}–{part.stop - 1}"
+        console.print(f"{hole.data_source}: {frames} {part.state}: {part.cause or 'unknown'}", highlight=False)
+    left_out = max(len(report.findings) - _MOST_LINES, 0) + max(len(report.holes) - _MOST_LINES, 0)
+    if left_out:
+        console.print(f"… and {left_out} more; --json lists all", highlight=False)
+    rate = report.n_bytes / 1e6 / report.seconds if report.seconds else 0.0
+    verdict = "[green]sound[/green]" if report.is_sound else f"[red]{len(report.findings)} findings[/red]"
+    console.print(
+        f"[bold]{name}[/bold]: {report.n_frames} frames and {report.n_files} files read, {report.n_bytes / 1e6:.1f} MB "
+        f"at {rate:.0f} MB/s: {verdict}",
+        highlight=False,
+        soft_wrap=True,
+    )

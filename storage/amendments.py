@@ -16,12 +16,12 @@ import blake3
 
 from storage.codec import Buffer
 from storage.files import is_local, make_folder, publish, replace, sync_folder
-from storage.frame import FrameInfo, RawFrame, content_digest
+from storage.frame import FrameInfo, RawFrame, blob_digest, content_digest
 from storage.frame_table import frame_table, table_bytes
 from storage.journal import Journal
 from storage.models import Record
 
-__all__ = ["AmendmentCommit", "Amendments"]
+__all__ = ["AmendmentCommit", "Amendments", "view_segment"]
 
 _SUFFIX = ".segment"
 # A segment takes frames of any index.
@@ -29,12 +29,13 @@ _ANY = 1 << 62
 
 
 class AmendmentCommit(Record):
-    """What a sealed segment holds; its digest is made as a chunk's."""
+    """What a sealed segment holds; its digests are made as a chunk's."""
 
     segment: int
     n_frames: int
     size_bytes: int
     digest: str
+    table_digest: str
     epoch: int
     sealed_at: datetime
 
@@ -111,8 +112,9 @@ class Amendments:
             if commit.exists():
                 continue
             segment.sync()
-            replace(commit.with_suffix(".parquet"), table_bytes(frame_table(segment.infos.values())))
-            publish(commit, self._commit_of(number, segment, epoch).model_dump_json(indent=1).encode())
+            table = table_bytes(frame_table(segment.infos.values()))
+            replace(commit.with_suffix(".parquet"), table)
+            publish(commit, self._commit_of(number, segment, table, epoch).model_dump_json(indent=1).encode())
 
     # ---- readers elsewhere --------------------------------------------------------------------
 
@@ -122,21 +124,12 @@ class Amendments:
         for epoch in self._epochs():
             segment = self._segments.get(epoch)
             if segment is None:
-                found += self._adopt(epoch, self._view(self._path(epoch)))
+                found += self._adopt(epoch, view_segment(self._path(epoch), self._parts))
             else:
                 n_known = len(segment.infos)
                 segment.look_again()
                 found += self._index(segment, list(segment.infos)[n_known:])
         return found
-
-    def _view(self, path: Path) -> Journal:
-        if is_local(path):
-            return Journal.view(path, 0, _ANY, self._parts, checks_blobs=False)
-        # On an object store it is sealed, and small: a local copy without a name serves.
-        with path.open("rb") as there, tempfile.TemporaryFile() as here:
-            shutil.copyfileobj(there, here)
-            here.flush()
-            return Journal.of_file(path, os.dup(here.fileno()), 0, _ANY, self._parts)
 
     def _adopt(self, epoch: int, segment: Journal) -> list[FrameInfo]:
         self._segments[epoch] = segment
@@ -154,7 +147,7 @@ class Amendments:
         return self.folder / f"{epoch:05d}{_SUFFIX}"
 
     @staticmethod
-    def _commit_of(number: int, segment: Journal, epoch: int) -> AmendmentCommit:
+    def _commit_of(number: int, segment: Journal, table: bytes, epoch: int) -> AmendmentCommit:
         digest = blake3.blake3()
         for slot in sorted(segment.infos):
             digest.update(content_digest(segment.infos[slot]))
@@ -163,6 +156,18 @@ class Amendments:
             n_frames=len({info.frame_index for info in segment.infos.values()}),
             size_bytes=sum(info.size_bytes for info in segment.infos.values()),
             digest=digest.hexdigest(),
+            table_digest=blob_digest(table).hex(),
             epoch=epoch,
             sealed_at=datetime.now(UTC),
         )
+
+
+def view_segment(path: Path, parts: int) -> Journal:
+    """A segment for reading only, on disk or behind a URL."""
+    if is_local(path):
+        return Journal.view(path, 0, _ANY, parts, checks_blobs=False)
+    # On an object store it is sealed, and small: a local copy without a name serves.
+    with path.open("rb") as there, tempfile.TemporaryFile() as here:
+        shutil.copyfileobj(there, here)
+        here.flush()
+        return Journal.of_file(path, os.dup(here.fileno()), 0, _ANY, parts, checks_blobs=False)

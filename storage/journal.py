@@ -29,9 +29,9 @@ from storage.codec import Buffer
 from storage.errors import BadFrame, CorruptFrame, StorageFull
 from storage.frame import FrameInfo, RawFrame, blob_crc32c
 
-__all__ = ["CRC_BYTES", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal"]
+__all__ = ["CRC_BYTES", "MAGIC", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal"]
 
-_MAGIC = b"NLJOURN2"
+MAGIC = b"NLJOURN2"
 _FRAME, _ACCOUNT = 0, 1
 _HEAD = struct.Struct("<8sBqIQI")
 _CRC = struct.Struct("<I")
@@ -153,7 +153,7 @@ class Journal:
                 raise BadFrame(
                     f"the row of frame {info.frame_index} takes {len(meta)} bytes; recovery would not read it"
                 )
-            head = _HEAD.pack(_MAGIC, _FRAME, info.frame_index, len(meta), size, crc)
+            head = _HEAD.pack(MAGIC, _FRAME, info.frame_index, len(meta), size, crc)
             small += (head, _CRC.pack(google_crc32c.extend(google_crc32c.value(head), meta)), meta)
             if size > _JOINED_BYTES:
                 pieces += (b"".join(small), blob)
@@ -189,7 +189,7 @@ class Journal:
         StorageFull : the disk refused; the journal is as it was before.
         """
         meta = _encode(account)
-        head = _HEAD.pack(_MAGIC, _ACCOUNT, 0, len(meta), 0, 0)
+        head = _HEAD.pack(MAGIC, _ACCOUNT, 0, len(meta), 0, 0)
         record = head + _CRC.pack(google_crc32c.extend(google_crc32c.value(head), meta)) + meta + _CRC.pack(0)
         self._write([record], len(record))
         self.accounts.append(account)
@@ -272,7 +272,7 @@ def scan_journal(fd: int, at: int = 0, *, checks_blobs: bool = True) -> Iterator
             return
         magic, kind, _, meta_length, blob_length, blob_crc = _HEAD.unpack_from(head)
         end = at + _FIXED_BYTES + meta_length + blob_length + CRC_BYTES
-        if magic != _MAGIC or meta_length > _LARGEST_META_BYTES or end > size:
+        if magic != MAGIC or meta_length > _LARGEST_META_BYTES or end > size:
             return
         meta = os.pread(fd, meta_length, at + _FIXED_BYTES)
         (crc,) = _CRC.unpack_from(head, _HEAD.size)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from storage.errors import DamagedFile, RunNotFound, StreamNotFound, StreamOwned
 from storage.files import is_local, publish, remote_errors, to_path
@@ -32,6 +32,7 @@ __all__ = [
     "find_runs",
     "has_writer",
     "latest_epoch",
+    "parse_file",
 ]
 
 log = logging.getLogger("nearline.storage")
@@ -65,6 +66,7 @@ class ChunkCommit(Record):
     n_frames: int
     size_bytes: int
     digest: str
+    table_digest: str = Field("", description="blake3 of the frame table's file")
     epoch: int
     sealed_at: datetime
 
@@ -94,7 +96,7 @@ class StreamPaths:
         shard = self.shard(chunk, ndim)
         if not is_local(shard) or shard.exists():
             return shard
-        places = [_parsed(Event, p).payload["to"] for p in sorted(self._run.glob("events/[0-9]*-run_uploaded.json"))]
+        places = [parse_file(Event, p).payload["to"] for p in sorted(self._run.glob("events/[0-9]*-run_uploaded.json"))]
         return to_path(places[-1]) / shard.relative_to(self._run).as_posix() if places else shard
 
     def frame_table(self, chunk: int) -> Path:
@@ -115,7 +117,7 @@ class StreamPaths:
         return sorted(int(p.stem) for p in self.chunks.glob("*.json") if p.stem.isdecimal())
 
     def read_commit(self, chunk: int) -> ChunkCommit:
-        return _parsed(ChunkCommit, self.commit(chunk))
+        return parse_file(ChunkCommit, self.commit(chunk))
 
 
 class RunFolder:
@@ -172,7 +174,7 @@ class RunFolder:
         DamagedFile : its header cannot be read.
         """
         try:
-            return _parsed(StreamHeader, self.stream(data_source).header)
+            return parse_file(StreamHeader, self.stream(data_source).header)
         except FileNotFoundError:
             have = ", ".join(self.data_sources()) or "none yet"
             raise StreamNotFound(
@@ -198,7 +200,7 @@ class RunFolder:
     def events(self, kind: str | None = None) -> Iterator[Event]:
         """The facts in order, all or of one kind."""
         for path in sorted((self.path / "events").glob(f"[0-9]*-{kind or '*'}.json")):
-            yield _parsed(Event, path)
+            yield parse_file(Event, path)
 
     def finished(self, data_source: str) -> dict[str, Any] | None:
         """What was recorded when a stream ended: announced frames and counters; None while it is open."""
@@ -309,7 +311,7 @@ def find_runs(root: Path, left_out: Callable[[str], None] | None = None) -> Iter
             name_it(f"{path} holds the run {name}; move it to {root / name}, or away")
 
 
-def _parsed(model: type[R], path: Path) -> R:
+def parse_file(model: type[R], path: Path) -> R:
     """What a file says.
 
     Raises

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from storage.amendments import Amendments
-from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable
+from storage.errors import FrameMissing, FrameNotYetAvailable
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_table import read_frame_table
 from storage.journal import Account, Journal
@@ -80,12 +80,7 @@ class SealedChunks:
 
     def _open_shard(self, chunk: int) -> ShardReader:
         path = self._paths.stored_shard(chunk, len(self._header.array_shape))
-        try:
-            return ShardReader(path, chunk * self._slots, self._slots)
-        except FileNotFoundError:
-            raise CorruptFrame(
-                f"shard {path} of sealed chunk {chunk} is gone; restore it from a copy or leave its frames out"
-            ) from None
+        return ShardReader(path, chunk * self._slots, self._slots)
 
 
 class StoredFrames:

@@ -27,7 +27,7 @@ from storage.answers import Answers
 from storage.codec import Buffer
 from storage.errors import BadFrame, CorruptFrame, FrameTooLate, IndexConflict, StreamOwned
 from storage.files import make_folder, publish, publish_file, replace, sync_folder
-from storage.frame import FrameInfo, RawFrame, content_digest
+from storage.frame import FrameInfo, RawFrame, blob_digest, content_digest
 from storage.frame_table import frame_table, read_sendings, table_bytes
 from storage.journal import Batch, Journal
 from storage.masks import write_plane
@@ -257,8 +257,9 @@ class StreamStore:
         infos = journal.infos if journal else {}
         if journal and self.header.kind == "frames":
             self._publish_shard(chunk, journal)
-        replace(self.paths.frame_table(chunk), table_bytes(frame_table(infos.values())))
-        commit = self._commit_of(chunk, infos)
+        table = table_bytes(frame_table(infos.values()))
+        replace(self.paths.frame_table(chunk), table)
+        commit = self._commit_of(chunk, infos, table)
         if not publish(self.paths.commit(chunk), commit.model_dump_json(indent=1).encode()):
             raise StreamOwned(f"{self.paths.commit(chunk)} was published by another service; this one stops writing it")
         # In this order: whoever finds a chunk no longer in one place finds it in the next.
@@ -482,7 +483,7 @@ class StreamStore:
         if not publish_file(journal.path, shard):
             raise StreamOwned(f"{shard} was published by another service; this one stops writing it")
 
-    def _commit_of(self, chunk: int, infos: dict[int, FrameInfo]) -> ChunkCommit:
+    def _commit_of(self, chunk: int, infos: dict[int, FrameInfo], table: bytes) -> ChunkCommit:
         ranges = self._sealing[chunk]
         digest = blake3.blake3()
         for slot in sorted(infos):
@@ -495,6 +496,7 @@ class StreamStore:
             n_frames=len(infos) if self.header.parts == 1 else len({info.frame_index for info in infos.values()}),
             size_bytes=sum(info.size_bytes for info in infos.values()),
             digest=digest.hexdigest(),
+            table_digest=blob_digest(table).hex(),
             epoch=self.epoch,
             sealed_at=datetime.now(UTC),
         )

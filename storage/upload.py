@@ -139,6 +139,7 @@ class RunUpload:
             for chunk in paths.commits():
                 yield from self._chunk_files(paths, chunk)
             yield from self._length(paths)
+            yield from self._amendments(paths)
 
     def _group(self, paths: StreamPaths) -> Iterator[_File]:
         """The Zarr group's metadata, and the masks in it."""
@@ -167,13 +168,20 @@ class RunUpload:
         for path in _files_below(paths.array / "zarr.json"):
             yield self._file(self._name(path))
 
+    def _amendments(self, paths: StreamPaths) -> Iterator[_File]:
+        """Sealed segments of late frames, commit last; an open one is still being written."""
+        for commit in sorted(paths.amendments.glob("[0-9]*.json")):
+            for path in (commit.with_suffix(".segment"), commit.with_suffix(".parquet"), commit):
+                yield self._file(self._name(path), is_final=True)
+
     def _others(self) -> Iterator[_File]:
         """Claims, amendments, results: whatever is in the folder and is neither above nor for this machine only."""
         run = self.folder.path
         done = {run / "run.json", run / "events"}
         for name in self.folder.data_sources():
             paths = self.folder.stream(name)
-            done |= {paths.header, paths.zarr, paths.frames, paths.chunks, paths.journal, paths.claims / "lock"}
+            done |= {paths.header, paths.zarr, paths.frames, paths.chunks, paths.journal}
+            done |= {paths.amendments, paths.claims / "lock"}
         for path in sorted(run.iterdir()):
             if path not in done:
                 for file in _files_below(path):

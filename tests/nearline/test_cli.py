@@ -21,7 +21,7 @@ def nearline(*arguments: str, **environment: str) -> "subprocess.CompletedProces
 
 COMMANDS = ["serve", "simulate", "replay", "process", "export", "runs", "info", "ledger", "status", "demo", "upload"]
 COMMANDS += ["token", "web", "doctor"]
-COMMANDS += ["delete", "retain"]
+COMMANDS += ["delete", "retain", "verify"]
 COMMANDS += ["query", "annotate"]
 
 

@@ -92,3 +92,28 @@ def test_retain_needs_a_rule_it_understands(tmp_path, options):
     done = nearline("retain", "--root", str(tmp_path), *options)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert RunFolder.open(tmp_path / "lyso" / "1").state == "incomplete"
+
+
+def test_verify(folder):
+    sound = nearline("verify", str(folder.path), COLUMNS="200")
+    assert (sound.returncode, "sound" in sound.stdout, "frame 6 missing: lost" in sound.stdout) == (0, True, True)
+    shard = folder.stream("eiger").shard(0, 2)
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(bytes(content))
+    damaged = nearline("verify", "lyso/1", "--root", str(folder.path.parent.parent), "--json")
+    report = json.loads(damaged.stdout)
+    assert (damaged.returncode, report["is_sound"]) == (2, False)
+    assert [(f["file"], f["frame"]) for f in report["findings"]] == [("eiger.zarr/data/c/0/0/0", 0)]
+    assert "restore" in nearline("verify", str(folder.path), COLUMNS="200").stdout
+
+
+def test_verify_of_a_run_without_header_is_a_report(folder):
+    (folder.path / "run.json").unlink()
+    done = nearline("verify", str(folder.path), "--json")
+    assert (done.returncode, json.loads(done.stdout)["findings"][0]["file"]) == (2, "run.json")
+
+
+def test_verify_of_nothing_is_refused(tmp_path):
+    done = nearline("verify", str(tmp_path / "nowhere"))
+    assert (done.returncode, "no run in" in done.stderr, "Traceback" in done.stderr) == (1, True, False)

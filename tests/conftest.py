@@ -1,29 +1,23 @@
 """Servers that several folders of tests share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from .servers import CREDENTIALS, PostgresServer, postgres_programs, s3_server
+from .servers import PostgresServer, new_bucket, postgres_programs, s3_server
 
 
 @pytest.fixture(scope="session")
-def _s3() -> Iterator[str]:
+def s3() -> Iterator[str]:
+    """The address of an S3-speaking server."""
     with s3_server() as address:
         yield address
 
 
 @pytest.fixture
-def bucket(_s3: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """``s3://…`` of an empty bucket on an S3-speaking server; clients find it through the environment."""
-    import s3fs
-
-    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": _s3}.items():
-        monkeypatch.setenv(name, value)
-    name = f"tests-{os.urandom(6).hex()}"
-    s3fs.S3FileSystem().mkdir(name)
-    return f"s3://{name}"
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``s3://…`` of an empty bucket; clients find its server through the environment."""
+    return new_bucket(s3, monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -26,6 +28,17 @@ def s3_server(port: int = 0) -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+def new_bucket(address: str, environment: pytest.MonkeyPatch) -> str:
+    """``s3://…`` of an empty bucket; the environment then leads to its server."""
+    import s3fs
+
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
+        environment.setenv(name, value)
+    name = f"tests-{os.urandom(6).hex()}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"
 
 
 def free_port() -> int:

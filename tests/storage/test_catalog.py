@@ -1,6 +1,7 @@
 """The catalog is an index: rebuilt from the folders it says the same, whichever database keeps it."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from storage import catalog as catalog_module
 from storage.catalog import Catalog, CatalogWriter, default_url
 from storage.errors import DamagedFile
 
@@ -242,6 +244,27 @@ def test_an_absent_server_is_caught_up_with(tmp_path, postgres, caplog):
     assert writer.close(60)
     assert {1, 2, 3} <= {row.run for row in catalog.runs()}
     assert writer.status()["error"] is None
+    catalog.close()
+
+
+def test_a_server_that_hangs_is_given_up_and_tried_again(tmp_path, postgres, caplog, monkeypatch):
+    """It takes connections, and answers none: as with a stopped process, or a disk that is away."""
+    monkeypatch.setattr(catalog_module, "_CONNECT_TIMEOUT_S", 2)
+    catalog = Catalog(postgres.url)
+    writer = CatalogWriter(catalog)
+    postgres.process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        writer.record(make_run(tmp_path, 1))
+        assert not writer.flush(0.1)
+        assert time.monotonic() - started < 2
+        while writer.status()["error"] is None:
+            time.sleep(0.05)
+        assert "timeout" in writer.status()["error"]
+    finally:
+        postgres.process.send_signal(signal.SIGCONT)
+    assert writer.close(60)
+    assert 1 in {row.run for row in catalog.runs()}
     catalog.close()
 
 

@@ -13,15 +13,17 @@ from storage import upload as upload_module
 from storage.errors import DamagedFile, PlaceUnavailable, UploadConflict
 from storage.files import file_sizes, is_local, to_path
 from storage.run_folder import RunFolder, StreamPaths
+from storage.states import FrameState
 from storage.step_store import StepStore
 from storage.stream_store import StreamStore
 from storage.upload import Uploader, upload_run
 
 from ..servers import CREDENTIALS, free_port, s3_server
-from .stores import SHAPE, new_folder, new_header, pixels, put
+from .stores import SHAPE, new_folder, new_header, pixels, put, put_late
 
 MASK = (np.arange(SHAPE[0] * SHAPE[1]) % 11 == 0).astype(np.uint32).reshape(SHAPE)
-THERE = [0, 1, 2, 4, 5, 6, 7, 8]
+THERE, LATE = [0, 1, 2, 4, 5, 6, 7, 8], 3
+ALL = sorted([*THERE, LATE])
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
@@ -39,6 +41,9 @@ def begun(root, **options) -> StreamStore:
 def ended(root, run: int = 1) -> RunFolder:
     store = begun(root, run=run)
     put(store, *THERE)
+    store.account(3, 4, FrameState.missing, "lost")
+    store.seal_complete()
+    put_late(store, LATE)
     end(store)
     return store.folder
 
@@ -73,7 +78,7 @@ class TestWhole:
         assert same_content(folder, target / "lyso" / "1")
         assert told[-1] == (summary.n_bytes, summary.n_bytes)
         run = nearline.open(target / "lyso" / "1" if is_local(target) else str(target / "lyso" / "1"))
-        assert [f.frame_index for f in run["eiger"].follow()] == THERE
+        assert [f.frame_index for f in run["eiger"].follow()] == ALL
         assert np.array_equal(run["eiger"][5].data, pixels(5))
         assert np.array_equal(run["eiger"].pixel_mask, MASK)
         assert run.state == "incomplete"
@@ -122,7 +127,7 @@ class TestWhole:
         assert "eiger.chunks/00001.json" not in names(target / "lyso" / "1")
 
 
-CUT_AT = range(0, 17, 3)
+CUT_AT = range(0, 21, 4)
 
 
 class TestInterrupted:
@@ -174,7 +179,7 @@ class TestRemoving:
         assert summary.n_removed == 3
         assert not any("data/c/" in name for name in names(folder.path))
         eiger = nearline.open(folder.path)["eiger"]
-        assert [f.frame_index for f in eiger] == THERE
+        assert [f.frame_index for f in eiger] == ALL
         assert np.array_equal(eiger[5].data, pixels(5))
         assert eiger.ledger().is_balanced
         assert upload_run(folder, to_path(bucket), remove_local=True).n_files == 0

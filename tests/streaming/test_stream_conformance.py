@@ -1,4 +1,4 @@
-"""One API: the same tests on a live run, a finished run, and a run folder with no service."""
+"""One API: the same tests on a live run, a finished run, a run folder with no service, and an object store."""
 
 import contextlib
 import json
@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from storage.errors import FrameMissing, FrameNotYetAvailable, GroupNeedsService, RunNotFound, StreamNotFound
+from storage.files import to_path
 from storage.models import DetectorHeader, RunState, StreamHeader
+from storage.run_folder import RunFolder
+from storage.upload import upload_run
 from streaming.producer import Producer
 from streaming.retrieval import Run, Stream, open_run
 
+from ..servers import new_bucket
 from .harness import SHAPE, pixels, serving, wait_for
 
 N, GAP = 22, 7
@@ -274,6 +278,21 @@ class TestRunFolder(StreamConformance):
             next(opened.run["eiger"].follow(group="mine"))
 
 
+@pytest.fixture(scope="module")
+def uploaded_run(finished_root, s3):
+    with pytest.MonkeyPatch.context() as environment:
+        target = to_path(new_bucket(s3, environment))
+        yield upload_run(RunFolder.open(finished_root / "lyso" / "1"), target).target
+
+
+class TestObjectStore(TestRunFolder):
+    """A copy behind a URL, read by ranges."""
+
+    @pytest.fixture
+    def opened(self, uploaded_run):
+        return Opened(open_run(uploaded_run), uploaded_run, lambda: None)
+
+
 SCRIPT = """
 import hashlib, json, sys
 from streaming.retrieval import open_run
@@ -285,14 +304,17 @@ print(digest.hexdigest(), len(run["eiger"]), run.state)
 """
 
 
-def test_same_script_same_frames(tmp_path):
-    """Ten lines, unchanged: started before the run's end, after it, and with the service gone."""
+def test_same_script_same_frames(tmp_path, bucket):
+    """Ten lines, unchanged: before the run's end, after it, with the service gone, and on an object store."""
     with fed(tmp_path, is_finished=False) as opened:
         live = subprocess.Popen([sys.executable, "-c", SCRIPT, opened.target], stdout=subprocess.PIPE, text=True)
         time.sleep(0.2)
         opened.finish()
         said = [live.communicate(timeout=30)[0]]
         said.append(subprocess.check_output([sys.executable, "-c", SCRIPT, opened.target], text=True))
-    said.append(subprocess.check_output([sys.executable, "-c", SCRIPT, str(tmp_path / "lyso" / "1")], text=True))
+    folder = tmp_path / "lyso" / "1"
+    said.append(subprocess.check_output([sys.executable, "-c", SCRIPT, str(folder)], text=True))
+    target = upload_run(RunFolder.open(folder), to_path(bucket)).target
+    said.append(subprocess.check_output([sys.executable, "-c", SCRIPT, target], text=True))
     assert said[0].endswith(f" {N} incomplete\n")
     assert len(set(said)) == 1, json.dumps(said)

@@ -27,6 +27,7 @@ __all__ = ["FolderSource", "LeasedFrame", "StreamSource", "StreamStatus"]
 
 # How often a folder is looked at again while its writer is alive; there is no one to ask.
 _LOOK_AGAIN_S = 0.2
+_LOOK_AGAIN_FAR_S = 1.0
 
 
 class StreamStatus(Record):
@@ -225,7 +226,7 @@ class FolderSource:
             yield self.status()
             if deadline is not None and time.monotonic() >= deadline:
                 return
-            time.sleep(_LOOK_AGAIN_S)
+            time.sleep(_LOOK_AGAIN_S if is_local(self.folder.path) else _LOOK_AGAIN_FAR_S)
 
     def _read_tombstone(self, deletion: Event) -> None:
         """A deleted stream has ended, and what of its frames was here is gone."""
@@ -253,9 +254,9 @@ class FolderSource:
         finished = self.folder.finished(self.header.data_source)
         if is_local(self._paths.journal):
             self._look_into_journals(is_written=is_written)
-        for chunk in self._paths.commits():
-            if chunk not in self._frames.commits:
-                self._frames.adopt(self._paths.read_commit(chunk))
+        new = [chunk for chunk in self._paths.commits() if chunk not in self._frames.commits]
+        for commit in self._paths.read_commits(new):
+            self._frames.adopt(commit)
         self._look_into_amendments(is_written=is_written and not finished)
         if finished:
             self.states.announce(finished["announced"])

@@ -145,6 +145,27 @@ class TestShard:
             reader.read(7)
 
 
+def requests_to_open(folder: RunFolder) -> list[str]:
+    """What is asked of the store until a run's commits are known."""
+    fs, asked = folder.path.fs, []
+
+    def counted(name: str, method):
+        return lambda *a, **k: asked.append(name) or method(*a, **k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cat", "cat_file", "open", "ls", "find", "info", "exists"):
+            patch.setattr(fs, name, counted(name, getattr(fs, name)))
+        assert nearline.open(str(folder.path))["eiger"].status.n_sealed == len(folder.stream("eiger").commits())
+    return asked
+
+
+def test_opening_asks_no_more_for_more_chunks(bucket, tmp_path):
+    """A request for each commit would take minutes for a long run."""
+    runs = {n: finished_run(tmp_path / str(n), frames_per_chunk=n) for n in (8, 1)}
+    asked = [requests_to_open(copied(run, f"{bucket}/{n}/lyso/1")) for n, run in runs.items()]
+    assert len(asked[0]) == len(asked[1]) > 0
+
+
 def test_same_api_as_a_folder(remote):
     run = nearline.open(str(remote.path))
     eiger = run["eiger"]

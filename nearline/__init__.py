@@ -46,7 +46,8 @@ def open(
 
     Parameters
     ----------
-    run : ``experiment/number``; ``tcp://host:port/experiment/number``; or the path of a run folder.
+    run : ``experiment/number``; ``tcp://host:port/experiment/number``; the path of a run folder, or its URL, such as
+        ``s3://bucket/lyso-2026/17`` (address and credentials as for any S3 client: ``AWS_ENDPOINT_URL`` …).
     service : address of the service to ask; by default ``NEARLINE_SERVICE``, or the one on this machine.
     root : data folder to look in when no service answers; by default ``NEARLINE_ROOT``.
     wait : seconds to wait for a run that has not begun yet.

@@ -251,6 +251,13 @@ class CatalogWriter:
         return is_written
 
     def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        finally:
+            if not self._is_closed:  # a fault of ours: it must not look like a catalog that is up to date
+                self._error = "the catalog's writer has stopped, the log says why; restart the service"
+
+    def _write_until_closed(self) -> None:
         pause = _FIRST_RETRY_S
         while (entry := self._next()) is not None:
             if self._attempt(entry):

@@ -389,6 +389,13 @@ class Uploader:
         return is_sent
 
     def _run(self) -> None:
+        try:
+            self._send_until_closed()
+        finally:
+            if not self._is_closed:  # a fault of ours: it must not look like an upload that has nothing to do
+                self._error = "the upload has stopped, the log says why; restart the service"
+
+    def _send_until_closed(self) -> None:
         pause = _FIRST_RETRY_S
         while (entry := self._next()) is not None:
             try:

@@ -268,6 +268,16 @@ def test_a_server_that_hangs_is_given_up_and_tried_again(tmp_path, postgres, cap
     catalog.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_ours_is_seen(tmp_path, catalog, monkeypatch):
+    monkeypatch.setattr(catalog, "record", lambda *_: 1 // 0)
+    writer = CatalogWriter(catalog)
+    writer.record(make_run(tmp_path, 1))
+    while "has stopped" not in (writer.status()["error"] or ""):
+        time.sleep(0.01)
+    assert not writer.close(0.1)
+
+
 def test_a_damaged_run_does_not_hold_up_the_others(tmp_path, catalog, writer, caplog):
     damaged, good = make_run(tmp_path, 1), make_run(tmp_path, 2)
     _cut(damaged.path / "eiger.stream.json")

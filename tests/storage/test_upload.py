@@ -332,6 +332,14 @@ class TestUploader:
         assert same_content(good, target / "lyso" / "2")
         assert "another run of that name" in uploader.status()["refused"]["lyso/1"]
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_fault_of_ours_is_seen(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(upload_module.RunUpload, "begin", lambda self: 1 // 0)
+        uploader = Uploader(tmp_path / "target")
+        uploader.run_changed(ended(tmp_path))
+        wait_until(lambda: "has stopped" in (uploader.status()["error"] or ""))
+        assert not uploader.close(0.1)
+
     def test_a_run_deleted_meanwhile_is_forgotten(self, tmp_path, target, quick, monkeypatch, caplog):
         folder = ended(tmp_path)
         begin = upload_module.RunUpload.begin

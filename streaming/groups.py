@@ -143,7 +143,7 @@ class GroupLog:
                 group.is_dirty = True
                 self.save({key: group})
             else:
-                self._db.execute("UPDATE handed_out SET cursor = ? WHERE id = ?", (group.cursor, self._ids[key]))
+                self._db.execute("INSERT OR REPLACE INTO handed_out VALUES (?, ?)", (self._ids[key], group.cursor))
         except sqlite3.Error as error:
             if not self._has_failed:
                 log.error("cannot note what group %s hands out: %s; after a crash it may come unmarked", key[3], error)

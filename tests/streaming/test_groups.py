@@ -1,22 +1,27 @@
 """Consumer groups: every frame to one member at a time, none lost, whatever dies."""
 
 import itertools
+import json
+import random
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from storage.errors import BadName, StaleLease
+from storage.errors import BadName, ProtocolError, StaleLease
 from storage.states import FrameState, IndexStates
 from streaming import wire
-from streaming.groups import Group, GroupLog
+from streaming.groups import Group
 from streaming.retrieval import open_run
 
 from .harness import ServiceProcess, connected, pixels, producing, record_run, serving
 
-KEY = ("lyso", 1, "eiger", "mine")
 REF = wire.StreamRef("lyso", 1, "eiger")
+
+
+# ---- one group, by example (test_groups_model.py has all the rest) ----------------------------------
 
 
 def group_on(n: int) -> tuple[Group, IndexStates]:
@@ -26,24 +31,140 @@ def group_on(n: int) -> tuple[Group, IndexStates]:
     return Group(), states
 
 
-def test_crash_before_a_save_redelivers(tmp_path):
-    """Acknowledgements of the last 50 ms may be lost: those frames come again."""
-    _, states = group_on(4)
-    log = GroupLog(tmp_path / "g")
-    group = log.load(KEY)
-    first, second = group.take(states, "m", 9, 2)
-    group.acknowledge(0, first.number)
-    log.save({KEY: group})
-    group.acknowledge(1, second.number)
-    assert [(one.frame_index, one.delivery) for one in log.load(KEY).take(states, "m", 9, 2)] == [(1, 2), (2, 1)]
-    log.close()
+def indices(leases) -> list[int]:
+    return [lease.frame_index for lease in leases]
 
 
 def test_damaged_frame_does_not_hold_up_a_group():
     group, states = group_on(3)
     group.set_aside(group.take(states, "m", 9, 1)[0], "its checksum is wrong")
-    assert [one.frame_index for one in group.take(states, "m", 9, 3)] == [1, 2]
+    assert indices(group.take(states, "m", 9, 3)) == [1, 2]
     assert group.dead_letters[0].why == "its checksum is wrong"
+
+
+def test_frame_that_always_fails_becomes_a_dead_letter_that_says_why():
+    group, states = group_on(1)
+    group.max_deliveries = 2
+    for _ in range(2):
+        (lease,) = group.take(states, "ada", 9, 1)
+        group.give_back(0, lease.number)
+    assert group.take(states, "ada", 9, 1) == []
+    assert group.dead_letters[0].why == "delivered 2 times, at last given back by ada"
+    assert group.is_drained(states)
+    group.retry_dead([0])
+    assert [(lease.frame_index, lease.delivery) for lease in group.take(states, "ada", 9, 1)] == [(0, 3)]
+
+
+def test_member_that_stops_does_not_bring_frames_nearer_to_the_dead_letters():
+    group, states = group_on(1)
+    group.max_deliveries = 1
+    for delivery in (1, 2, 3):
+        (lease,) = group.take(states, "ada", 9, 1)
+        assert lease.delivery == delivery
+        group.give_back(0, lease.number, counts=False)
+    assert not group.dead_letters
+
+
+def test_late_acknowledgement_counts_until_someone_else_has_the_frame():
+    now = [0.0]
+    group, states = group_on(2)
+    group.clock = lambda: now[0]
+    first, second = group.take(states, "slow", 1, 2)
+    now[0] = 2.0
+    group.acknowledge(0, first.number)
+    assert indices(group.take(states, "quick", 1, 2)) == [1]
+    with pytest.raises(StaleLease, match="lease on frame 1 has run out"):
+        group.acknowledge(1, second.number)
+
+
+def test_frame_that_came_late_is_delivered_after_all():
+    group, states = group_on(4)
+    states.set(1, 2, FrameState.missing, "dropped")
+    assert indices(group.take(states, "m", 9, 9)) == [0, 2, 3]
+    assert list(group.skipped) == [(1, 2)]
+    states.set(1, 2, FrameState.late)
+    assert [(lease.frame_index, lease.is_late) for lease in group.take(states, "m", 9, 9)] == [(1, True)]
+    assert not group.skipped
+
+
+def test_latest_gives_each_newest_frame_once_and_leaves_the_position_alone():
+    group, states = group_on(3)
+    assert [group.take_latest(states) for _ in range(2)] == [2, None]
+    states.set(5, 6, FrameState.stored)  # beyond a gap that is still open
+    assert [group.take_latest(states) for _ in range(2)] == [5, None]
+    assert indices(group.take(states, "m", 9, 9)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("index", [-1, 2**62 + 1])
+def test_no_such_position(index):
+    with pytest.raises(ProtocolError, match="cannot go on from frame"):
+        Group().seek(index)
+
+
+def test_no_such_limit():
+    with pytest.raises(ProtocolError, match="at most 0 times; allow at least 1"):
+        Group().max_deliveries = 0
+
+
+def test_description_is_plain_json():
+    group, states = group_on(2000)
+    states.set(0, 1, FrameState.missing)
+    now = [5.0]
+    group.clock = lambda: now[0]
+    group.set_aside(group.take(states, "ada", 9, 1)[0], "its checksum is wrong")
+    lease, *_ = group.take(states, "ada", 9, 1500)
+    now[0] = 7.5
+    found = json.loads(json.dumps(group.describe(states)))
+    assert found["cursor"] == 1502
+    assert found["lag"] == 1998
+    assert found["last_acknowledged"] is None
+    assert found["n_unacknowledged"] == 1500
+    assert len(found["unacknowledged"]) == 1000
+    assert found["unacknowledged"][0] == {
+        "frame_index": 2, "is_leased": True, "member": "ada", "remaining_s": 6.5, "delivery": 1
+    }  # fmt: skip
+    assert (found["n_skipped"], found["skipped"]) == (1, [[0, 1]])
+    assert [letter["why"] for letter in found["dead_letters"]] == ["its checksum is wrong"]
+    group.acknowledge(2, lease.number)
+    assert group.last_acknowledged == 2
+
+
+def test_busy_while_something_is_under_way_or_unsaved():
+    now = [0.0]
+    group, states = group_on(2)
+    group.clock = lambda: now[0]
+    assert not group.is_busy
+    group.take(states, "gone", 9, 1)
+    assert group.is_busy
+    group.saved()
+    assert group.is_busy
+    now[0] = 9.0
+    assert not group.is_busy, "a member that is gone for good keeps no group in memory"
+
+
+def test_members_and_a_writer_at_once():
+    """The writer goes on while members take: gaps, frames that come after all, and the end."""
+    group, states, n = Group(), IndexStates(), 20_000
+    rng = random.Random(5)
+
+    def write() -> None:
+        for index in range(n):
+            if rng.random() < 0.2:
+                states.set(index, index + 1, FrameState.missing, "dropped")
+                if rng.random() < 0.5:
+                    states.set(index, index + 1, rng.choice([FrameState.late, FrameState.stored]))
+            else:
+                states.set(index, index + 1, FrameState.stored)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    done: list[int] = []
+    while writer.is_alive() or not group.is_drained(states):
+        for lease in group.take(states, "m", 9, 50):
+            group.acknowledge(lease.frame_index, lease.number)
+            done.append(lease.frame_index)
+    writer.join()
+    assert sorted(done) == states.readable().tolist()
 
 
 # ---- over the service -------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ class Group:
         self._come_back(back, "given back")
 
     def untake(self, lease: Lease) -> None:
-        """Undo the taking of a frame that never left the service.
+        """Undo the taking of a frame that never left the service; with it, all that follow in its take.
 
         Called before anyone has taken more, it is as if the frame had not been taken. Afterwards members may
         have newer frames, and the order in which each of them sees new ones must go on rising: then

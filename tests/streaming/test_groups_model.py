@@ -164,7 +164,8 @@ class Promises:
     may_come_again: set[int] = field(default_factory=set)
     acknowledged: set[int] = field(default_factory=set)
     acknowledged_since_save: set[int] = field(default_factory=set)
-    newest: dict[str, int] = field(default_factory=dict)
+    # What each member was given for the first time, in order.
+    new_ones: dict[str, list[int]] = field(default_factory=lambda: {member: [] for member in (*MEMBERS, "last")})
 
     def take(self, lease: Lease, member: str, now: float, states: IndexStates) -> None:
         index = lease.frame_index
@@ -177,10 +178,17 @@ class Promises:
         else:
             assert index not in self.may_come_again, "what comes again says so"
             if not lease.is_late:
-                assert index > self.newest.get(member, -1), "new frames come in rising order"
-                self.newest[member] = index
+                self.new_ones[member].append(index)
+                assert self.new_ones[member] == sorted(self.new_ones[member]), "new frames come in rising order"
         self.open[index] = (lease.number, lease.deadline)
         self.may_come_again.add(index)
+
+    def untake(self, lease: Lease, *, is_newest: bool) -> None:
+        del self.open[lease.frame_index]
+        if lease.delivery == 1 and is_newest:
+            self.may_come_again.discard(lease.frame_index)
+            if not lease.is_late:
+                self.new_ones[lease.member].remove(lease.frame_index)
 
     def acknowledge(self, index: int, number: int) -> None:
         assert self.open.pop(index)[0] == number, "only the last lease is good for an acknowledgement"
@@ -195,7 +203,9 @@ class Promises:
         """A new beginning: from there on each frame is new to everyone."""
         self.acknowledged = {i for i in self.acknowledged if i < index}
         self.may_come_again = {i for i in self.may_come_again if i < index}
-        self.open, self.newest = {}, {}
+        self.open.clear()
+        for new_ones in self.new_ones.values():
+            new_ones.clear()
         self.acknowledged_since_save = set()
 
 
@@ -215,7 +225,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.promises = Promises()
         self.handed_out = 0
         self.numbers: list[tuple[int, int]] = []  # every lease ever given
-        self.last_take: list[Lease] = []
+        self.takes: list[list[Lease]] = []
         self._folder = tempfile.TemporaryDirectory()
         self.log = self.open_log()
         self.group = self.log.load(KEY)
@@ -288,7 +298,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.numbers += [(lease.frame_index, lease.number) for lease in leases]
         assert len({number for _, number in self.numbers}) == len(self.numbers), "a number is given once"
         if leases:
-            self.last_take = leases
+            self.takes.append(leases)
         self.note_taken(leases)
 
     @precondition(lambda self: self.numbers)
@@ -321,26 +331,17 @@ class GroupMachine(RuleBasedStateMachine):
         self.plain.give_back(index, number, self.now + delay_s if delay_s else 0.0, counts)
         self.group.give_back(index, number, delay_s, counts=counts)
 
-    @precondition(lambda self: self.last_take)
+    @precondition(lambda self: self.takes)
     @rule(data=st.data(), backwards=st.booleans())
     def last_frames_do_not_fit(self, data, backwards):
         """They never left; some time may have passed, and others may have taken since."""
-        kept = data.draw(st.integers(0, len(self.last_take)))
-        rest = self.last_take[kept:]
+        taken = data.draw(st.sampled_from(self.takes[:-4:-1]))
+        gone = [at for at, lease in enumerate(taken, 1) if self.group.leases.get(lease.frame_index) is not lease]
+        rest = taken[data.draw(st.integers(max(gone, default=0), len(taken))) :]
         for lease in reversed(rest) if backwards else rest:
-            fate = self.plain.fates.get(lease.frame_index)
-            if fate is None or fate.what != "leased" or fate.number != lease.number:
-                continue
             self.group.untake(lease)
+            self.promises.untake(lease, is_newest=lease.number in self.plain.newest_take)
             self.plain.untake(lease)
-            del self.promises.open[lease.frame_index]
-            if lease.delivery == 1:
-                self.promises.may_come_again.discard(lease.frame_index)
-                before = [i for i in self.promises.newest.values() if i < lease.frame_index]
-                self.promises.newest[lease.member] = min(
-                    self.promises.newest[lease.member], max(before, default=-1), lease.frame_index - 1
-                )
-        self.last_take = self.last_take[:kept]
 
     @rule(seconds=st.sampled_from([0.4, 1.0, 4.0, 20.0]))
     def time_passes(self, seconds):
@@ -359,8 +360,6 @@ class GroupMachine(RuleBasedStateMachine):
             self.promises.open.pop(lease.frame_index, None)
             self.promises.may_come_again.add(lease.frame_index)
             assert self.group.dead_letters[lease.frame_index].why == "its checksum is wrong"
-        if leases:
-            self.last_take = []
 
     # ---- somebody who looks after groups
 
@@ -391,7 +390,6 @@ class GroupMachine(RuleBasedStateMachine):
         self.group.seek(index)
         self.plain.seek(index)
         self.promises.seek(index)
-        self.last_take = []
         self.note_saved()
 
     # ---- the service
@@ -436,7 +434,6 @@ class GroupMachine(RuleBasedStateMachine):
             i: (f.number, 0.0) for i, f in self.plain.fates.items() if f.number and f.what in ("waiting", "dead")
         }
         self.promises.acknowledged_since_save.clear()
-        self.last_take = []
 
     # ---- always
 

@@ -5,7 +5,7 @@ they are first asked for.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.amendments import Amendments
 from storage.errors import BadQuery
-from storage.frame import FrameInfo
 from storage.frame_columns import FIXED_COLUMNS, META, PREFIXES, FrameRows, gather_rows, unified
 from storage.step_store import Processing, find_processings
 
@@ -29,6 +29,8 @@ Reference = tuple[str, ...]
 
 _COMPUTED = ("utc", "received", "n_parts")
 FRAME_COLUMNS = (*(name for name in FIXED_COLUMNS if name != "part"), *_COMPUTED, META)
+# What a frame in parts has of all of them; of the other columns it has its first part's.
+_OF_ALL_PARTS = {"size_bytes": np.add, "late": np.logical_or}
 _NO_TIME = -(2**63)
 _MOST_LISTED = 60
 
@@ -143,8 +145,8 @@ class KnownFrames:
         first = np.searchsorted(self._every_index, self.frame_index)
         is_whole = len(first) == len(self._every_index)
         one_each = {name: column if is_whole else column.take(pa.array(first)) for name, column in read.items()}
-        if "size_bytes" in one_each and not is_whole:
-            one_each["size_bytes"] = pa.chunked_array([np.add.reduceat(read["size_bytes"].to_numpy(), first)])
+        for name in () if is_whole else _OF_ALL_PARTS.keys() & read.keys():
+            one_each[name] = pa.chunked_array([_OF_ALL_PARTS[name].reduceat(read[name].to_numpy(), first)])
         found = {Column("frame", name): one_each[name] for name in plain}
         found |= {Column("meta", name): one_each[name] for name in meta}
         if "utc" in fixed:
@@ -270,15 +272,10 @@ def rows_of(stream: "Stream", start: int, stop: int) -> FrameRows:
     # Listing the files of a long run takes longer than a few rows.
     if folder is not None and stop - start >= size:
         paths = folder.stream(stream.name)
-        sealed = {number: paths.frame_table(number) for number in paths.commits()}
-    return gather_rows(start, stop, size, lambda first, last: _read_infos(stream, first, last), sealed)
-
-
-def _read_infos(stream: "Stream", start: int, stop: int) -> Iterator[FrameInfo]:
-    infos = getattr(stream.source, "infos", None)
-    if infos is not None:
-        return iter(infos(start, stop))
-    return (frame.info for frame in stream[start:stop])
+        # What came late is not in the table of its chunk.
+        amended = {info.frame_index // size for info in Amendments(paths.amendments, stream.header.parts).look()}
+        sealed = {number: paths.frame_table(number) for number in paths.commits() if number not in amended}
+    return gather_rows(start, stop, size, stream.source.infos, sealed)
 
 
 def _ancestry(stream: "Stream") -> list["Stream"]:

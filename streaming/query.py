@@ -4,8 +4,11 @@
 themselves are read only when asked for.
 """
 
+import math
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +28,8 @@ __all__ = ["Selection", "follow_matches", "select"]
 
 # How often to look whether a processing has begun: no one announces a new data source.
 _LOOK_FOR_PROCESSING_S = 0.5
+# A wait that another thread may end looks so often whether it has.
+_LOOK_AT_STOP_S = 0.2
 
 
 class Selection:
@@ -101,11 +106,34 @@ def follow_matches(
     processing: str | None = None,
     start: int = 0,
     timeout: float | None = None,
+    stop: threading.Event | None = None,
     time_limit_s: float = 30.0,
 ) -> Iterator["Frame"]:
     """Matching frames as they come; `Stream.where` explains when a frame is decided."""
     # Read at once, so that a bad one is an error where it was written, not where the loop begins.
-    return _follow(stream, Condition(condition), processing, start, timeout, time_limit_s)
+    return _follow(stream, Condition(condition), processing, start, _Patience(timeout, stop), time_limit_s)
+
+
+@dataclass(frozen=True)
+class _Patience:
+    """How long to wait for what comes next, and who may end it."""
+
+    timeout: float | None
+    stop: threading.Event | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.stop is not None and self.stop.is_set()
+
+    def slices(self) -> Iterator[float | None]:
+        """Times to wait one after the other: the whole of it, unless someone may end it meanwhile."""
+        if self.stop is None:
+            yield self.timeout
+            return
+        deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        yield max(min(_LOOK_AT_STOP_S, deadline - time.monotonic()), 0.0)
+        while (left := deadline - time.monotonic()) > 0 and not self.is_over:
+            yield min(_LOOK_AT_STOP_S, left)
 
 
 def _follow(
@@ -113,20 +141,23 @@ def _follow(
     judge: Condition,
     processing: str | None,
     start: int,
-    timeout: float | None,
+    patience: _Patience,
     time_limit_s: float,
 ) -> Iterator["Frame"]:
     try:
-        prepared = _prepare(stream, judge, processing, timeout)
+        prepared = _prepare(stream, judge, processing, patience)
         if prepared is None:
             return
         names, results = prepared
         uses_results = any(column.prefix == "results" for column in names.values())
         at = max(start, 0)
-        for stop in _frontiers(stream, results if uses_results else None, at, timeout):
-            known = KnownFrames(stream, at, stop, results)
-            yield from stream.frames_at(known.frame_index[_judged(judge, known, names, time_limit_s)])
-            at = stop
+        for until in _frontiers(stream, results if uses_results else None, at, patience):
+            known = KnownFrames(stream, at, until, results)
+            for frame in stream.frames_at(known.frame_index[_judged(judge, known, names, time_limit_s)]):
+                if patience.is_over:
+                    return
+                yield frame
+            at = until
     finally:
         judge.close()
 
@@ -149,7 +180,7 @@ def _judged(
 
 
 def _prepare(
-    stream: "Stream", judge: Condition, processing: str | None, timeout: float | None
+    stream: "Stream", judge: Condition, processing: str | None, patience: _Patience
 ) -> tuple[dict[Reference, Column], Results | None] | None:
     """The columns that a condition means, once they can be told; None if the time-out comes before.
 
@@ -157,17 +188,17 @@ def _prepare(
     ------
     BadQuery : a name that nothing has, and that nothing will bring which has begun.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = math.inf if patience.timeout is None else time.monotonic() + patience.timeout
     asks_results = processing is not None or any(len(r) == 2 and r[0].lower() == "results" for r in judge.columns)
     while True:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        left = max(deadline - time.monotonic(), 0.0)
         results = _results_so_far(stream, processing)
         if results is None and asks_results:
-            if left == 0.0:
+            if left == 0.0 or patience.is_over:
                 return None
             if not stream.is_live:
                 raise judge.refused(f"asks for results, but {stream.name} was not processed; use `nearline process`")
-            time.sleep(_LOOK_FOR_PROCESSING_S if left is None else min(left, _LOOK_FOR_PROCESSING_S))
+            time.sleep(min(left, _LOOK_FOR_PROCESSING_S))
             continue
         known = KnownFrames(stream, 0, stream.status.announced, results)
         try:
@@ -178,7 +209,8 @@ def _prepare(
             awaited = next((source for source in sources if _has_just_begun(source)), None)
             if awaited is None:
                 raise
-        if awaited.latest(timeout=left) is None and awaited.is_live:
+        rest = _Patience(None if left == math.inf else left, patience.stop)
+        if _newest(awaited, -1, rest) is None and awaited.is_live:
             return None
 
 
@@ -194,16 +226,38 @@ def _has_just_begun(stream: "Stream") -> bool:
     return stream.is_live and stream.latest() is None
 
 
-def _frontiers(stream: "Stream", results: Results | None, at: int, timeout: float | None) -> Iterator[int]:
+def _frontiers(stream: "Stream", results: Results | None, at: int, patience: _Patience) -> Iterator[int]:
     """Rising indices below which every frame can be decided."""
     if results is None:
-        while (status := stream.source.wait(at, timeout)).watermark > at:
-            at = status.watermark
+        while (watermark := _watermark(stream, at, patience)) > at:
+            at = watermark
             yield at
     elif results.stream is None:
         yield stream.status.announced
     else:
         # Results come in index order: all frames up to the newest row have been processed.
-        while (row := results.stream.latest(at - 1, timeout=timeout)) is not None:
-            at = row.frame_index + 1
+        while (newest := _newest(results.stream, at - 1, patience)) is not None:
+            at = newest + 1
             yield at
+
+
+def _watermark(stream: "Stream", above: int, patience: _Patience) -> int:
+    """The watermark once it exceeds ``above``, or nothing more is to be waited for."""
+    for slice_s in patience.slices():
+        status = stream.source.wait(above, slice_s)
+        if status.watermark > above or status.is_terminal:
+            break
+    return status.watermark
+
+
+def _newest(stream: "Stream", after: int, patience: _Patience) -> int | None:
+    """The newest frame's index once it exceeds ``after``; None if nothing more is to be waited for."""
+    for slice_s in patience.slices():
+        # Asked before: what came in between must not be taken for nothing.
+        may_come = patience.stop is None or stream.is_live
+        raw = stream.source.latest(after, slice_s)
+        if raw is not None:
+            return raw.info.frame_index
+        if not may_come:
+            break
+    return None

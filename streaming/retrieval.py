@@ -6,6 +6,7 @@ business of a `StreamSource`: a running service or a run folder.
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -272,6 +273,7 @@ class Stream:
         follow: Literal[True],
         start: int = 0,
         timeout: float | None = None,
+        stop: threading.Event | None = None,
         time_limit_s: float = 30.0,
     ) -> Iterator[Frame]: ...
     def where(
@@ -283,6 +285,7 @@ class Stream:
         follow: bool = False,
         start: int = 0,
         timeout: float | None = None,
+        stop: threading.Event | None = None,
         time_limit_s: float = 30.0,
     ) -> "Selection | Iterator[Frame]":
         """The frames for which an SQL condition is true, such as ``n_peaks > 20 AND laser``.
@@ -301,6 +304,7 @@ class Stream:
         processing : whose results; by default those of the newest that has finished or is running.
         start : with ``follow``, the first frame index to consider.
         timeout : with ``follow``, stop after so many seconds in which no further frame could be decided.
+        stop : with ``follow``, the loop ends when another thread sets it.
         time_limit_s : a condition that takes longer is interrupted.
 
         Raises
@@ -311,7 +315,7 @@ class Stream:
         from streaming.query import follow_matches, select
 
         if follow:
-            return follow_matches(self, condition, processing, start, timeout, time_limit_s)
+            return follow_matches(self, condition, processing, start, timeout, stop, time_limit_s)
         return select(self, condition, columns, processing, time_limit_s)
 
     def columns(self, processing: str | None = None) -> dict[str, list[str]]:

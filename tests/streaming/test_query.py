@@ -1,6 +1,7 @@
 """Conditions over rows, results and annotations: the same answers live, finished, and from a bare folder."""
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -16,11 +17,14 @@ import pytest
 
 from storage.errors import BadAnnotation, BadQuery, StreamNotFound
 from storage.models import StreamHeader
+from storage.states import FrameState
 from storage.step_store import ChunkManifest, Manifest, Processing, StepStore
+from storage.stream_store import StreamStore
 from streaming.derived import open_derived
 from streaming.producer import Producer
 from streaming.retrieval import Run, Stream, open_run
 
+from ..storage.stores import new_folder, put, put_late
 from .harness import SHAPE, pixels, serving, wait_for
 
 N, GAP, SIZE = 22, 7, 4
@@ -170,6 +174,28 @@ CASES: list[tuple[str, Callable[[int], Any]]] = [
 CASES = [case for case in CASES if case[1] is not None]
 
 
+REFUSED = [
+    ("n_peeks > 3", r"no column 'n_peeks' in eiger; did you mean results\.n_peaks\?"),
+    (
+        "nothing_like_it",
+        r"there are frame: frame_index, .*; meta: Well, delay, .*; results: .*n_peaks.*\(.* p1\)",
+    ),
+    ("meta.n_peaks > 3", "no column 'meta.n_peaks'.*did you mean .*results.n_peaks"),
+    ("meta.motor = 3", "no column 'meta.motor'"),
+    ("results.laser", "no column 'results.laser'"),
+    ("frame.delay > 1", "no column 'frame.delay'"),
+    ("delay > 1", "'delay' is ambiguous in eiger; write meta.delay or results.delay"),
+    ("motor.x > 1", r"no column 'motor\.x'|is not a column"),
+    ("meta.motor.x > 1", r"nested in metadata is read like meta->>'\$\.meta\.motor\.x'"),
+    ("part = 0", "no column 'part'"),
+    ("n_peaks > 'many'", "Could not convert"),
+    ("n_peaks >", "syntax error"),
+    ("1=1; ATTACH 'x'", "condition"),
+]
+# With its prefix a name may still come.
+NEVER = [case for case in REFUSED if not case[0].startswith(("meta.n_", "meta.motor =", "results.", "frame."))]
+
+
 class QueryConformance:
     """What a condition gives, however the stream is reached."""
 
@@ -239,38 +265,16 @@ class QueryConformance:
         assert set(columns["results"]) == {"n_peaks", "hit", "resolution", "delay"}
         assert columns["annotation"] == ["delay_ps", "laser", "shutter"]
 
-    @pytest.mark.parametrize(
-        ("condition", "words"),
-        [
-            ("n_peeks > 3", r"no column 'n_peeks' in eiger; did you mean results\.n_peaks\?"),
-            (
-                "nothing_like_it",
-                r"there are frame: frame_index, .*; meta: Well, delay, .*; results: .*n_peaks.*\(.* p1\)",
-            ),
-            ("meta.n_peaks > 3", "no column 'meta.n_peaks'.*did you mean .*results.n_peaks"),
-            ("meta.motor = 3", "no column 'meta.motor'"),
-            ("results.laser", "no column 'results.laser'"),
-            ("frame.delay > 1", "no column 'frame.delay'"),
-            ("delay > 1", "'delay' is ambiguous in eiger; write meta.delay or results.delay"),
-            ("motor.x > 1", r"no column 'motor\.x'|is not a column"),
-            ("meta.motor.x > 1", r"nested in metadata is read like meta->>'\$\.meta\.motor\.x'"),
-            ("part = 0", "no column 'part'"),
-            ("n_peaks > 'many'", "Could not convert"),
-            ("n_peaks >", "syntax error"),
-            ("1=1; ATTACH 'x'", "condition"),
-        ],
-        ids=lambda value: str(value)[:30],
-    )
-    @pytest.mark.parametrize("is_followed", [False, True], ids=["now", "follow"])
-    def test_refusals_repeat_the_condition(self, opened, condition, words, is_followed):
-        if is_followed and condition.startswith(("meta.n_", "meta.motor =", "results.", "frame.")):
-            pytest.skip("with its prefix a name may still come")
+    @pytest.mark.parametrize(("condition", "words"), REFUSED, ids=[condition for condition, _ in REFUSED])
+    def test_refusals_repeat_the_condition(self, opened, condition, words):
         with pytest.raises(BadQuery, match=words) as refusal:
-            list(
-                opened.stream.where(condition, follow=True, timeout=0.1)
-                if is_followed
-                else opened.stream.where(condition)
-            )
+            opened.stream.where(condition)
+        assert repr(condition) in str(refusal.value)
+
+    @pytest.mark.parametrize(("condition", "words"), NEVER, ids=[condition for condition, _ in NEVER])
+    def test_refusals_when_followed(self, opened, condition, words):
+        with pytest.raises(BadQuery, match=words) as refusal:
+            list(opened.stream.where(condition, follow=True, timeout=0.1))
         assert repr(condition) in str(refusal.value)
 
     def test_unknown_columns_to_show(self, opened):
@@ -575,6 +579,70 @@ def test_a_selection_is_of_the_moment_it_was_made(beam):
     assert [f.frame_index for f in selection] == [0, 1, 2, 3]
     assert selection.table["laser"].to_pylist() == [True] * 4
     assert beam.reader().where("NOT laser").indices.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("condition", ["Well = 'A'", "hit", "results.hit", "meta.door"])
+@pytest.mark.parametrize("place", ["service", "folder"])
+def test_a_loop_that_waits_can_be_stopped(beam, condition, place):
+    stream = beam.reader()
+    beam.send(range(3))
+    if condition == "hit":
+        send_results(beam.run, [0, 1, 2])
+    if place == "folder":
+        stream = open_run(beam.run.folder)["eiger"]
+    stop = threading.Event()
+    follower = Follower(stream, condition, stop=stop)
+    if condition in ("Well = 'A'", "hit"):
+        wait_for(lambda: follower.seen == [0, 2])
+    time.sleep(0.4)
+    assert not follower.has_ended
+    stop.set()
+    started = time.monotonic()
+    follower.join()
+    assert time.monotonic() - started < 2
+
+
+def test_a_loop_ends_between_frames(live_run):
+    stop, seen = threading.Event(), []
+    for frame in live_run.stream.where("hit", follow=True, stop=stop):
+        seen.append(frame.frame_index)
+        if len(seen) == 3:
+            stop.set()
+    assert seen == [0, 2, 4]
+
+
+# ---- late frames, and frames in parts -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_finished", [False, True], ids=["live", "finished"])
+def test_a_frame_in_parts_is_one_row(tmp_path, is_finished):
+    """Frame 2 is without part 1; frame 1 and part 2 of frame 3 come when their chunk is sealed."""
+    header = StreamHeader.model_validate(HEADER.model_dump() | {"shape": (8, 16), "parts": 3})
+    store = StreamStore.create(new_folder(tmp_path), header)
+    late = [(1, 0), (1, 1), (1, 2), (3, 2)]
+    for index, part in itertools.product(range(10), (1, 0, 2)):
+        if (index, part) not in [*late, (2, 1)]:
+            put(store, index, part=part)
+    store.account(0, 8, FrameState.missing, "not received")
+    store.seal_complete()
+    for index, part in late:
+        put_late(store, index, part=part)
+    if is_finished:
+        store.finish(10, "not received")
+        store.close()
+
+    stream = open_run(store.folder.path)["eiger"]
+    assert stream.where("true").indices.tolist() == list(range(10))
+    assert stream.where("n_parts < 3").indices.tolist() == [2]
+    assert stream.where("late").indices.tolist() == [1, 3]
+    selection = stream.where("delay BETWEEN 0.1 AND 0.3", columns=["n_parts", "size_bytes", "late", "delay"])
+    sizes = [sum(raw.nbytes for raw in stream.source.read_parts(index)) for index in (1, 2, 3)]
+    assert selection.table.to_pydict() == {
+        "frame_index": [1, 2, 3], "n_parts": [3, 2, 3], "size_bytes": sizes, "late": [True, False, True],
+        "delay": [0.1, 0.2, 0.3],
+    }  # fmt: skip
+    if not is_finished:
+        store.close()
 
 
 # ---- which processing -----------------------------------------------------------------------------

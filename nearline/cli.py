@@ -84,12 +84,24 @@ def serve(
     ] = None,
     bind: Annotated[str, typer.Option(help="Address for clients.")] = "tcp://127.0.0.1:5600",
     experiment: Annotated[str, typer.Option(help="Experiment of series that name none themselves.")] = "default",
-    buffer: Annotated[float, typer.Option(help="Memory for frames, GiB.")] = 2.0,
+    buffer: Annotated[float, typer.Option(help="Memory for frames, GiB.")] = 0.5,
     gap_timeout: Annotated[float, typer.Option(help="Wait for a missing frame index, s.")] = 2.0,
     idle_timeout: Annotated[
         float, typer.Option(help="End a run as aborted after so long without a message, s.")
     ] = 60.0,
     catalog: Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; default SQLite in ROOT.")] = None,
+    upload_to: Annotated[
+        str | None, typer.Option(help="Also send every sealed chunk there: s3://bucket/prefix, or a folder.")
+    ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Let in only who shows a token (`nearline token create`).")
+    ] = False,
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="Speak CURVE: clients need the key (`nearline token key`).")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without --tokens or --encrypt, at your own risk.")
+    ] = False,
     http: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Also serve /health, /metrics and /runs on this port of loopback."),
@@ -113,6 +125,10 @@ def serve(
         gap_timeout_s=gap_timeout,
         idle_timeout_s=idle_timeout,
         catalog_url=catalog,
+        upload_to=upload_to,
+        wants_tokens=tokens,
+        encrypts=encrypt,
+        allows_insecure=insecure,
     )
 
     def ready(service: Any) -> None:
@@ -120,7 +136,10 @@ def serve(
             from nearline.web.child import WebChild
 
             beside.enter_context(
-                WebChild(["--service", service.address, "--port", str(http), "--log-format", log_format])
+                WebChild(
+                    ["--service", service.address, "--port", str(http), "--log-format", log_format],
+                    server_key=service.public_key,
+                )
             )
         if log_format == "json":
             return  # the service logs the same

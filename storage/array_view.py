@@ -17,30 +17,32 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 import storage.zarr_codec  # noqa: F401  (registers the codecs that the metadata names)
 from storage.models import StreamHeader
-from storage.zarr_layout import array_metadata, frame_codecs
+from storage.zarr_layout import array_metadata, frame_codecs, inner_shape
 
 __all__ = ["open_view"]
 
+BlobReader = Callable[[int, int], bytes | None]
 
-def open_view(header: StreamHeader, start: int, stop: int, read_blob: Callable[[int], bytes | None]) -> zarr.Array:
+
+def open_view(header: StreamHeader, start: int, stop: int, read_blob: BlobReader) -> zarr.Array:
     """Frames ``start <= frame_index < stop`` as an array of shape (stop - start, …).
 
     Parameters
     ----------
-    read_blob : gives a frame's stored bytes by frame_index; None where there is no such frame.
+    read_blob : gives stored bytes by frame_index and part; None where there is no such frame or part.
     """
     return zarr.open_array(store=_FrameStore(header, start, stop, read_blob), mode="r", zarr_format=3)
 
 
 class _FrameStore(Store):
-    """Keys ``zarr.json`` and ``c/<frame>/0/0``; the latter is the frame's own compressed bytes."""
+    """Keys ``zarr.json`` and ``c/<frame>/0/0`` (or ``c/<frame>/<part>/0/0``): a frame's own compressed bytes."""
 
     supports_writes = False
     supports_deletes = False
     supports_listing = True
     supports_partial_writes = False
 
-    def __init__(self, header: StreamHeader, start: int, stop: int, read_blob: Callable[[int], bytes | None]) -> None:
+    def __init__(self, header: StreamHeader, start: int, stop: int, read_blob: BlobReader) -> None:
         super().__init__(read_only=True)
         self._header, self._start, self._stop, self._read_blob = header, start, stop, read_blob
         self._metadata = json.dumps(_unsharded(header, stop - start)).encode()
@@ -60,7 +62,7 @@ class _FrameStore(Store):
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def exists(self, key: str) -> bool:
-        return key == "zarr.json" or self._index(key) is not None
+        return key == "zarr.json" or self._place(key) is not None
 
     async def set(self, key: str, value: Buffer) -> None:
         raise PermissionError("frames are written by the service; this view is read-only")
@@ -70,9 +72,10 @@ class _FrameStore(Store):
 
     async def list(self) -> AsyncIterator[str]:
         yield "zarr.json"
-        tail = "/0" * len(self._header.shape)
+        tail, several = "/0" * len(self._header.shape), self._header.parts > 1
         for frame in range(self._stop - self._start):
-            yield f"c/{frame}{tail}"
+            for part in range(self._header.parts):
+                yield f"c/{frame}{f'/{part}' if several else ''}{tail}"
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         async for key in self.list():
@@ -87,20 +90,24 @@ class _FrameStore(Store):
                 seen.add(name)
                 yield name
 
-    def _index(self, key: str) -> int | None:
-        parts = key.split("/")
-        is_frame = len(parts) == 2 + len(self._header.shape) and parts[0] == "c" and parts[1].isdecimal()
-        return self._start + int(parts[1]) if is_frame else None
+    def _place(self, key: str) -> tuple[int, int] | None:
+        """Frame index and part that a key stands for."""
+        names, n_leading = key.split("/"), 1 + (self._header.parts > 1)
+        if len(names) != 1 + n_leading + len(self._header.shape) or names[0] != "c":
+            return None
+        if not all(name.isdecimal() for name in names[1 : 1 + n_leading]):
+            return None
+        return self._start + int(names[1]), int(names[2]) if n_leading > 1 else 0
 
     def _frame(self, key: str) -> bytes | None:
-        index = self._index(key)
-        return None if index is None or index >= self._stop else self._read_blob(index)
+        place = self._place(key)
+        return None if place is None or place[0] >= self._stop else self._read_blob(*place)
 
 
 def _unsharded(header: StreamHeader, n_frames: int) -> dict[str, Any]:
     """Metadata for chunks of one frame; the checksum was verified by the reader and is left out."""
     metadata: dict[str, Any] = array_metadata(header, n_frames)
-    metadata["chunk_grid"]["configuration"]["chunk_shape"] = [1, *header.shape]
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = inner_shape(header)
     metadata["codecs"] = frame_codecs(header)[:-1]
     return metadata
 

@@ -197,17 +197,28 @@ def _check_lz4_blocks(view: np.ndarray, declared: int, block_bytes: int) -> None
 
 def _walk_blocks(view: np.ndarray, n_blocks: int, codec: str) -> int:
     """Offset just behind the last block, following each block's own length."""
-    raw, size, at, unpack = view.data, view.nbytes, HEAD_BYTES, _LENGTH.unpack_from
+    size = view.nbytes
     if n_blocks * _LENGTH.size > size:
         raise BadFrame(f"{codec} frame of {size} bytes is too short for its {n_blocks} blocks")
+    at = end_of_blocks(view, HEAD_BYTES, n_blocks)
+    if at > size:
+        raise BadFrame(f"{codec} frame of {size} bytes ends inside a block; the message was cut on its way")
+    return at
+
+
+def _end_of_blocks(view: np.ndarray, at: int, n_blocks: int) -> int:
+    """Offset behind so many blocks from ``at`` on; one beyond the end if they do not fit."""
+    raw, unpack = view.data, _LENGTH.unpack_from
     try:
         for _ in range(n_blocks):
             at += 4 + unpack(raw, at)[0]
     except struct.error:
-        at = size + 1
-    if at > size:
-        raise BadFrame(f"{codec} frame of {size} bytes ends inside a block; the message was cut on its way")
+        return view.nbytes + 1
     return at
+
+
+# A service puts a compiled one here (`storage.block_walk`).
+end_of_blocks = _end_of_blocks
 
 
 def _decode_bslz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "FrameTooLate",
     "GroupNeedsService",
     "IndexConflict",
+    "Interrupted",
     "NearlineError",
     "NewerFile",
     "OutputExists",
@@ -127,6 +128,10 @@ class BufferFull(NearlineError):
 
 class IndexConflict(NearlineError):
     """The same frame index was sent twice with different content."""
+
+
+class Interrupted(NearlineError):
+    """Another thread asked whoever waits here to stop."""
 
 
 class StaleLease(NearlineError):

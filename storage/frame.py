@@ -21,6 +21,8 @@ __all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_diges
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _LARGEST_META_BYTES = 4 << 20
 _DEEPEST_META = 32
+_FLAT = frozenset((str, int, float, bool, type(None)))
+_NO_BYTES_DIGEST = blake3.blake3(b"").digest()
 
 
 class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
@@ -81,7 +83,8 @@ def meta_bytes(meta: dict[str, Any]) -> int:
     if not meta:
         return 0
     try:
-        _check_depth(meta, 0)
+        if not _FLAT.issuperset(map(type, meta.values())):
+            _check_depth(meta, 0)
         size = len(json.dumps(meta))
     except (TypeError, ValueError) as error:
         raise BadFrame(f"a frame's metadata must be plain JSON: {error}") from None
@@ -101,13 +104,14 @@ def _check_depth(item: Any, depth: int) -> None:
 
 def blob_crc32c(blob: Buffer) -> int:
     """crc32c (Castagnoli) of the bytes, as Zarr's codec of that name computes it."""
-    view = np.frombuffer(blob, np.uint8)
-    return google_crc32c.value(view) if view.size else 0
+    if not len(blob):
+        return 0
+    return google_crc32c.value(np.frombuffer(blob, np.uint8))
 
 
 def blob_digest(blob: Buffer) -> bytes:
     """blake3 of the bytes, 32 bytes long."""
-    return blake3.blake3(memoryview(blob)).digest()
+    return blake3.blake3(memoryview(blob)).digest() if len(blob) else _NO_BYTES_DIGEST
 
 
 def content_digest(info: FrameInfo) -> bytes:

@@ -175,3 +175,4 @@ class RunHeader(Record):
     sample: str | None = None
     comment: str = ""
     user_data: dict[str, Any] = Field(default_factory=dict)
+    request_key: str | None = Field(None, description="of the request that started it, so that repeating it is safe")

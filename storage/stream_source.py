@@ -5,11 +5,12 @@ runs against both.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,13 +40,20 @@ class StreamStatus(Record):
     is_terminal: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class LeasedFrame:
-    """A frame given to one member of a group; a delivery above 1 is a redelivery."""
+    """A frame given to one member of a group; a delivery above 1 is a redelivery.
+
+    ``more_parts`` are the further parts of a frame in parts. Whoever works on it sets
+    ``retry_after_s`` to have it delivered again instead of acknowledged.
+    """
 
     frame: RawFrame
     lease: int
     delivery: int
+    more_parts: list[RawFrame] = field(default_factory=list)
+    is_seen: bool = False
+    retry_after_s: float | None = None
 
 
 class StreamSource(Protocol):
@@ -97,8 +105,11 @@ class StreamSource(Protocol):
         """
         ...
 
-    def latest(self, after: int, timeout: float | None) -> RawFrame | None:
-        """The newest frame with an index above ``after``; None at the time-out or if the stream ended before."""
+    def latest(self, after: int, timeout: float | None, group: str | None = None) -> RawFrame | None:
+        """The newest frame with an index above ``after``; None at the time-out or if the stream ended before.
+
+        With a group, each only once for all its members.
+        """
         ...
 
     def wait_chunk(self, chunk: int, timeout: float | None) -> ChunkCommit | None:
@@ -113,8 +124,33 @@ class StreamSource(Protocol):
         """Every frame accounted for."""
         ...
 
-    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
-        """Frames leased to this member of a group, each acknowledged when the next is asked for."""
+    def follow_group(
+        self,
+        group: str,
+        timeout: float | None,
+        lease_s: float = 60.0,
+        *,
+        stop: threading.Event | None = None,
+        max_deliveries: int | None = None,
+    ) -> Iterator[LeasedFrame]:
+        """Frames leased to this member of a group, each acknowledged when the next is asked for.
+
+        Ends within 0.2 s when another thread sets ``stop``.
+        """
+        ...
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The consumer groups by name: cursor, lag, who has what, dead letters."""
+        ...
+
+    def seek_group(self, group: str, frame_index: int) -> dict[str, Any]:
+        """Put a group's cursor on a frame; the group then."""
+        ...
+
+    def settle_dead_letters(
+        self, group: str, action: Literal["retry", "drop"], indices: list[int] | None = None
+    ) -> list[int]:
+        """Deliver dead letters again, or give them up; all, or these. The frames concerned."""
         ...
 
 
@@ -186,7 +222,9 @@ class FolderSource:
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
         return self._frames.infos(start, stop)
 
-    def latest(self, after: int, timeout: float | None) -> RawFrame | None:
+    def latest(self, after: int, timeout: float | None, group: str | None = None) -> RawFrame | None:
+        if group is not None:
+            raise self._no_groups(group)
         for status in self._looks(timeout):
             newest = self.states.readable(after + 1)[-1:]
             if newest.size:
@@ -203,6 +241,11 @@ class FolderSource:
                 break
         return self._frames.commits.get(chunk)
 
+    @property
+    def commits(self) -> dict[int, ChunkCommit]:
+        """The sealed chunks that were there at the last look."""
+        return self._frames.commits
+
     def plane(self, name: str) -> np.ndarray | None:
         return read_plane(self._paths.zarr, name)
 
@@ -213,8 +256,30 @@ class FolderSource:
         duplicate = self._finished["duplicate"] if self._finished else 0
         return build_ledger(self.header, self.states, duplicate, is_terminal=self._finished is not None)
 
-    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
-        raise GroupNeedsService(
+    def follow_group(
+        self,
+        group: str,
+        timeout: float | None,
+        lease_s: float = 60.0,
+        *,
+        stop: threading.Event | None = None,
+        max_deliveries: int | None = None,
+    ) -> Iterator[LeasedFrame]:
+        raise self._no_groups(group)
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        raise self._no_groups("")
+
+    def seek_group(self, group: str, frame_index: int) -> dict[str, Any]:
+        raise self._no_groups(group)
+
+    def settle_dead_letters(
+        self, group: str, action: Literal["retry", "drop"], indices: list[int] | None = None
+    ) -> list[int]:
+        raise self._no_groups(group)
+
+    def _no_groups(self, group: str) -> GroupNeedsService:
+        return GroupNeedsService(
             f"group {group!r} cannot share frames of the folder {self.folder.path}: groups need a running service; "
             "start one with `nearline serve`, or follow() without a group"
         )

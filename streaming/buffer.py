@@ -15,12 +15,12 @@ __all__ = ["FrameBuffer"]
 
 
 class FrameBuffer:
-    """Frames by (stream, index) under one byte budget; safe from any thread."""
+    """Frames by stream, index and part under one byte budget; safe from any thread."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
-        self._frames: dict[Hashable, dict[int, RawFrame]] = {}
-        self._evictable: deque[tuple[Hashable, int]] = deque()
+        self._frames: dict[Hashable, dict[tuple[int, int], RawFrame]] = {}
+        self._evictable: deque[tuple[Hashable, tuple[int, int]]] = deque()
         self._used = 0
         self._room = threading.Condition()
 
@@ -43,22 +43,30 @@ class FrameBuffer:
             self._used -= n_bytes
             self._room.notify_all()
 
-    def keep_stored(self, stream: Hashable, frame: RawFrame) -> None:
-        """Hold a journaled frame, for whose ``cost_bytes`` room was reserved, until that room is needed."""
+    def keep_stored(self, stream: Hashable, frames: list[RawFrame]) -> None:
+        """Hold journaled frames, for whose ``cost_bytes`` room was reserved, until that room is needed."""
         with self._room:
-            self._frames.setdefault(stream, {})[frame.info.frame_index] = frame
-            self._evictable.append((stream, frame.info.frame_index))
+            held = self._frames.setdefault(stream, {})
+            for frame in frames:
+                slot = (frame.info.frame_index, frame.info.part)
+                held[slot] = frame
+                self._evictable.append((stream, slot))
             self._room.notify_all()
 
-    def get(self, stream: Hashable, frame_index: int) -> RawFrame | None:
-        """The frame if it is still in memory."""
-        return self._frames.get(stream, {}).get(frame_index)
+    def get(self, stream: Hashable, frame_index: int, n_parts: int = 1) -> list[RawFrame] | None:
+        """The parts of a frame, if all of it is still in memory."""
+        held = self._frames.get(stream, {})
+        if n_parts == 1:
+            frame = held.get((frame_index, 0))
+            return None if frame is None else [frame]
+        parts = [held.get((frame_index, part)) for part in range(n_parts)]
+        return None if None in parts else parts  # type: ignore[return-value]
 
     def _make_room(self, n_bytes: int) -> bool:
         while self._used and self._used + n_bytes > self.budget_bytes and self._evictable:
-            stream, index = self._evictable.popleft()
+            stream, slot = self._evictable.popleft()
             frames = self._frames[stream]
-            self._used -= frames.pop(index).cost_bytes
+            self._used -= frames.pop(slot).cost_bytes
             if not frames:
                 del self._frames[stream]
         if self._used and self._used + n_bytes > self.budget_bytes:

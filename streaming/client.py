@@ -1,71 +1,103 @@
-"""A connection to a service: one DEALER socket, requests answered in turn."""
+"""A connection to a service: one DEALER socket, several requests under way if wanted.
+
+Every request may be repeated: sendings carry (producer, sequence), runs a key. So a service that
+was restarted is simply asked again, and whoever waits for an answer need not know.
+"""
 
 import json
 import os
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
 
 import storage.errors
-from storage.errors import NearlineError, ProtocolError, ServiceUnavailable
+from storage.errors import Interrupted, NearlineError, ProtocolError, ServiceUnavailable
 from streaming import wire
 from streaming.payload import split_payload
+from streaming.security import find_credentials, secure_client
 
 __all__ = ["Client", "Connection", "is_reachable"]
 
 _CONNECT_S = 5.0
 _EXTRA_S = 30.0
 _POLL_MS = 200
-# A silent service is looked for this often, and waited for so long when it is gone: a restart takes a few seconds.
-_LOOK_S = 1.0
+# A silent service is greeted this often, and waited for so long when it is gone: a restart takes a few seconds.
+_GREET_S = 1.0
 _PATIENCE_S = 10.0
+
+Reply = tuple[Any, list[zmq.Frame]]
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request under way, as it will be repeated if need be."""
+
+    request: Any
+    payload: list[Any]
 
 
 class Connection:
     """One client of one service, to be used by one thread at a time.
 
+    Parameters
+    ----------
+    token, server_key : what to show to the service, and the key it must have; by default what
+        `streaming.security.find_credentials` finds for its address.
+    stop : when set, whoever waits for an answer gets `Interrupted` within 0.2 s.
+
     Raises
     ------
     ServiceUnavailable : nothing answers there, or it stopped answering.
+    AccessDenied : the service wants a token, or another one.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        server_key: str | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        credentials = find_credentials(address)
+        self.address, self.stop = address, stop
+        self._token = token if token is not None else credentials.token
         self._received_bytes = 0
         self._last_id = 0
+        self._session: str | None = None
+        self._asked: dict[int, _Asked] = {}
+        self._answered: dict[int, Reply] = {}
+        self._unheard: set[int] = set()
+        self._heard_at = self._greeted_at = time.monotonic()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IDENTITY, os.urandom(12).hex().encode())
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        if server_key or credentials.server_key:
+            secure_client(self._socket, server_key or credentials.server_key or "")
         self._socket.connect(address)
         try:
-            self.ask(wire.Hello(id=0, protocol=wire.PROTOCOL), timeout=_CONNECT_S)
+            self._greet_first()
         except BaseException:
             self.close()
             raise
 
-    def ask(
-        self, request: Any, payload: list[Any] | None = None, timeout: float | None = None
-    ) -> tuple[Any, list[zmq.Frame]]:
+    # ---- one request at a time ------------------------------------------------------------------
+
+    def ask(self, request: Any, payload: list[Any] | None = None, timeout: float | None = None) -> Reply:
         """Send a request and wait for its answer: (reply, payload parts).
 
         Raises
         ------
-        The service's own error for this request, or ServiceUnavailable.
+        The service's own error for this request, ServiceUnavailable or Interrupted.
         """
-        self._send(request, payload)
-        wait = getattr(request, "timeout_s", 0.0) + _EXTRA_S if timeout is None else timeout
-        while True:
-            reply, parts = self._receive(wait, request, payload)
-            # A request that could not even be read is answered without its number.
-            if reply.id in (self._last_id, 0):
-                break
-        if isinstance(reply, wire.Failure):
-            raise _error_of(reply)
-        return reply, parts
+        number = self.send(request, payload)
+        return self.wait(number, getattr(request, "timeout_s", 0.0) + _EXTRA_S if timeout is None else timeout)
 
     def ask_json(self, request: Any) -> Any:
         """The body of an answer that is JSON."""
@@ -77,6 +109,64 @@ class Connection:
         reply, parts = self.ask(request)
         return reply, split_payload(reply.infos, parts)
 
+    # ---- several under way ------------------------------------------------------------------------
+
+    def send(self, request: Any, payload: list[Any] | None = None) -> int:
+        """Send a request without waiting; its number."""
+        self._last_id += 1
+        request.id = self._last_id
+        if not self._asked:
+            self._heard_at = time.monotonic()  # nothing was awaited before
+        asked = self._asked[request.id] = _Asked(request, payload or [])
+        self._transmit(asked)
+        return self._last_id
+
+    def wait(self, number: int, timeout: float) -> Reply:
+        """The answer to a request under way, as `ask`."""
+        deadline = time.monotonic() + timeout
+        while number not in self._answered:
+            if not self.pump(min(max(deadline - time.monotonic(), 0.0), _POLL_MS / 1000)):
+                if self.stop is not None and self.stop.is_set():
+                    raise Interrupted("stopped waiting, as asked")
+                if time.monotonic() > deadline:
+                    self.forget(number)
+                    raise self._unavailable()
+        return self.take(number)
+
+    def take(self, number: int) -> Reply:
+        """An answer that is there; its error, if it is one."""
+        reply, parts = self._answered.pop(number)
+        if isinstance(reply, wire.Failure):
+            raise _error_of(reply)
+        return reply, parts
+
+    def has_answer(self, number: int) -> bool:
+        return number in self._answered
+
+    def forget(self, number: int) -> None:
+        """Nobody wants the answer any more."""
+        self._asked.pop(number, None)
+        self._answered.pop(number, None)
+
+    def pump(self, timeout_s: float) -> bool:
+        """Take in what has come, waiting for it up to ``timeout_s``; whether anything did."""
+        if not self._socket.poll(int(1000 * timeout_s)):
+            self._mind_silence()
+            return False
+        while True:
+            try:
+                header, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return True
+            self._received_bytes += len(header) + sum(len(part) for part in parts)
+            self._heard_at = time.monotonic()
+            self._sort(wire.decode_reply(header.buffer), parts)
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """For a poller that waits for several things."""
+        return self._socket
+
     def close(self) -> None:
         self._socket.close()
 
@@ -85,63 +175,80 @@ class Connection:
         if hasattr(self, "_socket"):
             self._socket.close()
 
-    def _send(self, request: Any, payload: list[Any] | None) -> None:
-        self._last_id += 1
-        request.id, request.received_bytes = self._last_id, self._received_bytes
+    # ---- a service that comes and goes ----------------------------------------------------------
+
+    def _greet_first(self) -> None:
+        deadline = time.monotonic() + _CONNECT_S
+        self._greet()
+        while self._session is None:
+            if not self.pump(_POLL_MS / 1000) and time.monotonic() > deadline:
+                raise self._unavailable()
+
+    def _greet(self) -> None:
+        self._greeted_at = time.monotonic()
+        hello = wire.Hello(id=-1, protocol=wire.PROTOCOL, token=self._token)
+        self._transmit(_Asked(hello, []))
+
+    def _sort(self, reply: Any, parts: list[zmq.Frame]) -> None:
+        if isinstance(reply, wire.Welcome):
+            self._welcomed(reply)
+        elif isinstance(reply, wire.SayHello):
+            if not self._unheard:
+                self._greet()
+            self._unheard.add(reply.id)
+        elif isinstance(reply, wire.Failure) and reply.id <= 0:
+            # A greeting that was refused, or a request that could not even be read.
+            raise _error_of(reply)
+        elif self._asked.pop(reply.id, None) is not None:
+            self._answered[reply.id] = (reply, parts)
+
+    def _welcomed(self, reply: wire.Welcome) -> None:
+        """The same service: repeat what it had not heard. Another life of it: repeat everything."""
+        is_new, is_first = reply.session != self._session, self._session is None
+        self._session = reply.session
+        unheard, self._unheard = self._unheard, set()
+        if is_new and not is_first:
+            self._received_bytes = 0  # credit begins anew with the service
+            unheard = set(self._asked)
+        for number in sorted(unheard & self._asked.keys()):
+            self._transmit(self._asked[number])
+
+    def _mind_silence(self) -> None:
+        """Greet a service that has long said nothing: it answers at once if it is there."""
+        now = time.monotonic()
+        if not self._asked or now - max(self._heard_at, self._greeted_at) < _GREET_S:
+            return
+        if now - self._heard_at > _PATIENCE_S and not is_reachable(self.address):
+            raise self._unavailable()
+        self._greet()
+
+    def _transmit(self, asked: _Asked) -> None:
+        asked.request.received_bytes = self._received_bytes
         try:
-            self._socket.send_multipart([wire.encode(request), *(payload or [])], zmq.NOBLOCK, copy=not payload)
+            parts = [wire.encode(asked.request), *asked.payload]
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=not asked.payload)
         except zmq.Again:
             raise self._unavailable() from None
-
-    def _receive(self, wait: float, request: Any, payload: list[Any] | None) -> tuple[Any, list[zmq.Frame]]:
-        """The next reply; a service that was restarted meanwhile is asked again."""
-        deadline, look_at, gone_since = time.monotonic() + wait, time.monotonic() + _LOOK_S, None
-        while not self._socket.poll(_POLL_MS):
-            now = time.monotonic()
-            if now > deadline:
-                raise self._unavailable()
-            if now < look_at:
-                continue
-            look_at = now + _LOOK_S
-            if not is_reachable(self.address):
-                gone_since = gone_since or now
-                if now - gone_since > _PATIENCE_S:
-                    raise self._unavailable()
-            elif gone_since is not None:
-                gone_since = None
-                self._ask_again(request, payload)
-        header, *parts = self._socket.recv_multipart(copy=False)
-        self._received_bytes += len(header) + sum(len(part) for part in parts)
-        return wire.decode_reply(header.buffer), parts
-
-    def _ask_again(self, request: Any, payload: list[Any] | None) -> None:
-        """Repeat a request to a service that knows nothing of it; frames put twice are recognised there."""
-        if isinstance(request, wire.StartRun):
-            raise ServiceUnavailable(
-                f"the service at {self.address} was restarted while a run was being started; "
-                "look with `nearline runs` whether it exists, then start it again or another"
-            )
-        self._received_bytes = 0  # credit begins anew with the service
-        self._send(wire.Hello(id=0, protocol=wire.PROTOCOL), None)
-        self._send(request, payload)
 
     def _unavailable(self) -> ServiceUnavailable:
         return ServiceUnavailable(
             f"no answer from a Nearline service at {self.address}; start one with `nearline serve`, "
-            "or give its address (NEARLINE_SERVICE)"
+            "or give its address (NEARLINE_SERVICE); one that encrypts answers only to those who have its key "
+            "(NEARLINE_SERVER_KEY, printed by `nearline token key`)"
         )
 
 
 class Client:
     """A service seen from a program: a connection for each thread that uses it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, token: str | None = None) -> None:
         if not is_reachable(address):
             raise ServiceUnavailable(
                 f"nothing listens at {address}; start a service with `nearline serve`, "
                 "or give its address (NEARLINE_SERVICE)"
             )
         self.address = address
+        self._token = token
         self._local = threading.local()
 
     @property
@@ -149,12 +256,12 @@ class Client:
         """This thread's own connection."""
         found = getattr(self._local, "connection", None)
         if found is None:
-            found = self._local.connection = Connection(self.address)
+            found = self._local.connection = self.new_connection()
         return found
 
-    def new_connection(self) -> Connection:
+    def new_connection(self, stop: threading.Event | None = None) -> Connection:
         """A connection of its own, for something that waits long."""
-        return Connection(self.address)
+        return Connection(self.address, token=self._token, stop=stop)
 
 
 def is_reachable(address: str) -> bool:

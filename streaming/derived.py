@@ -2,11 +2,10 @@
 the run, or straight into the folder of a run that no service has.
 """
 
-import logging
 from typing import Any, Protocol
 
 from storage.codec import Buffer
-from storage.errors import FrameTooLate, StreamNotOpen
+from storage.errors import StreamNotOpen
 from storage.frame import FrameInfo, blob_crc32c, blob_digest
 from storage.models import StreamHeader
 from storage.run_folder import RunFolder
@@ -15,8 +14,6 @@ from streaming.producer import Producer
 from streaming.retrieval import Run
 
 __all__ = ["DerivedStream", "open_derived"]
-
-log = logging.getLogger("nearline.derived")
 
 Row = tuple[int, Buffer | None, dict[str, Any]]
 _ROWS_A_MESSAGE = 500
@@ -54,10 +51,7 @@ class _ThroughService:
 
     def send(self, rows: list[Row]) -> None:
         for at in range(0, len(rows), _ROWS_A_MESSAGE):
-            try:
-                self._send(rows[at : at + _ROWS_A_MESSAGE])
-            except FrameTooLate as error:  # as in a folder, such rows are left out and counted
-                log.warning("%s", error)
+            self._send(rows[at : at + _ROWS_A_MESSAGE])
 
     def _send(self, rows: list[Row]) -> None:
         try:

@@ -72,7 +72,9 @@ class Selection:
         from storage.array_view import open_view
 
         blob_of = self._stream.read_blob
-        return open_view(self._stream.header, 0, len(self), lambda position: blob_of(int(self.indices[position])))
+        return open_view(
+            self._stream.header, 0, len(self), lambda position, part: blob_of(int(self.indices[position]), part)
+        )
 
     def __repr__(self) -> str:
         return f"<Selection of {self._stream.name}: {len(self)} of {self.n_considered} frames, {self.condition!r}>"

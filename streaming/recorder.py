@@ -1,96 +1,52 @@
 """Runs being taken: series become runs, frames go through the buffer into their stream's store.
 
-One writer thread takes everything that changes a stream in the order it was queued, so a
-stream's end comes after its last frame. Connectors and producers call `submit`, which waits
-while the buffer is full. A sync thread makes stored frames durable at most 100 ms later.
+Connectors and producers call `submit`, which waits while the buffer is full. The writer
+journals what was submitted, the publisher seals and ends, and a sync thread makes stored frames
+durable at most 100 ms later. What they have in common is here: which runs and streams there
+are, and who is told when something changes.
 """
 
-import errno
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy.exc import SQLAlchemyError
 
-from storage.catalog import Catalog
+from storage.catalog import CatalogWriter
 from storage.codec import check_blob
-from storage.errors import BadFrame, BadName, FrameTooLate, IndexConflict, NearlineError, StreamOwned
+from storage.errors import BadFrame, BadName, NearlineError, RunNotFound, StreamOwned
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest, meta_bytes
-from storage.models import RunHeader, RunState, StreamHeader
+from storage.models import RunHeader, RunState, SeriesHeader, StreamHeader
 from storage.names import check_name, check_run, run_key
 from storage.run_folder import ChunkCommit, RunFolder, find_runs
 from storage.states import FrameState, StreamLedger
-from storage.stream_store import Admission, StreamStore
+from storage.stream_store import StreamStore
+from storage.upload import Uploader
 from streaming.buffer import FrameBuffer
+from streaming.live_stream import AckLevel, Ended, LiveStream, Put, SeriesPart, Settled, StreamKey
+from streaming.metrics import ServiceMetrics
+from streaming.publisher import Publisher
+from streaming.writer import DiskState, Writer
 
-__all__ = ["LiveStream", "Outcomes", "Recorder", "StreamKey"]
+__all__ = ["Recorder"]
 
 log = logging.getLogger("nearline.recorder")
 
-StreamKey = tuple[str, int, str]
-Outcomes = Callable[[list[str]], None]
-Ended = Callable[[NearlineError | None], None]
 _SYNC_INTERVAL_S = 0.1
-_RETRY_FULL_DISK_S = 0.5
-_TICK_S = 0.25
-# How many frames a source may leave out at once: each is accounted for, so a nonsensical index
-# would cost memory and, for every chunk in between, a file (2 ms). A source that said how many
-# frames come may have been unheard for longer than one that did not.
-_LONGEST_JUMP = 100_000
-_LONGEST_PLANNED_JUMP = 1_000_000
-_LONGEST_JUMP_CHUNKS = 5_000
-# Chunks sealed at one go; the rest waits for the next tick, so that other streams are written meanwhile.
-_SEAL_AT_ONCE = 8
 # What a frame takes in memory beside its bytes and metadata: row, digests, dictionary entries.
 _ROW_BYTES = 1024
-# The disk refuses for now; what was queued waits. Anything else concerns one file and is not waited for.
-_WAIT_AND_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
-_DERIVED_IDLE_S = 3600.0
+_LONG_IDLE_S = 3600.0
 _NOT_RECEIVED = "not received"
 _LOST_WHILE_DOWN = "lost while the service was down"
 # Finished streams that stay open for readers; older ones are read from their folder again.
 _KEEP_FINISHED = 16
-
-
-@dataclass(slots=True, eq=False)
-class LiveStream:
-    """A stream that this service writes, or has finished writing a short while ago."""
-
-    store: StreamStore
-    folder: RunFolder
-    last_activity: float = field(default_factory=time.monotonic)
-    # Some index below ``gap_stop`` has been awaited since then.
-    gap_since: float | None = None
-    gap_stop: int = 0
-    # Frames below this one that never came were lost while no service ran; None: not known yet.
-    lost_until: int | None = 0
-    n_whole_chunks: int = 0
-    unfinished: tuple[int, str | None] | None = None
-    # Told when the stream has ended, or why it never will.
-    on_end: list[Ended] = field(default_factory=list)
-    # Frames up to here have been taken, though some may still be queued.
-    submitted: int = 0
-    is_draining: bool = False
-    # The stream has ended and so, with its last stream, has the run: readers see both at once.
-    is_ended: bool = False
-
-    @property
-    def header(self) -> StreamHeader:
-        return self.store.header
-
-    @property
-    def key(self) -> StreamKey:
-        return (self.header.experiment, self.header.run, self.header.data_source)
-
-    def ledger(self) -> StreamLedger:
-        return self.store.ledger()
+# A run that is started with a key used before is looked for among so many of the newest.
+_LOOK_BACK_RUNS = 50
 
 
 class Recorder:
@@ -108,27 +64,29 @@ class Recorder:
     def __init__(
         self,
         root: Path,
-        catalog: Catalog,
+        catalog: CatalogWriter,
         *,
         budget_bytes: int,
         gap_timeout_s: float = 2.0,
         idle_timeout_s: float = 60.0,
+        uploader: Uploader | None = None,
+        metrics: ServiceMetrics | None = None,
         on_change: Callable[[StreamKey], None] = lambda key: None,
     ) -> None:
-        self.root, self.catalog = root, catalog
-        self.buffer = FrameBuffer(budget_bytes)
+        self.root, self.metrics = root, metrics or ServiceMetrics()
+        self._catalog, self._uploader = catalog, uploader
+        self.buffer, self.disk = FrameBuffer(budget_bytes), DiskState()
         self.n_rejected_messages = 0
         self._gap_timeout_s, self._idle_timeout_s = gap_timeout_s, idle_timeout_s
         self._on_change = on_change
         self._streams: dict[StreamKey, LiveStream] = {}
+        self._open_runs: dict[str, RunFolder] = {}
         self._lock = threading.RLock()
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self.is_disk_full = False
-        self._threads = [
-            threading.Thread(target=self._write_loop, name="writer", daemon=True),
-            threading.Thread(target=self._sync_loop, name="sync", daemon=True),
-        ]
+        self._sync_wanted = threading.Event()
+        self.writer = Writer(self.buffer, self.disk, self.metrics, self)
+        self._publisher = Publisher(self.disk, self.metrics, self)
+        self._syncer = threading.Thread(target=self._sync_loop, name="sync", daemon=True)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -138,16 +96,17 @@ class Recorder:
         for folder in find_runs(self.root):
             if not folder.state.is_terminal:
                 self._recover_run(folder)
-        for thread in self._threads:
+        for thread in (self.writer, self._publisher, self._syncer):
             thread.start()
 
     def stop(self) -> None:
         """Write out what is queued, seal every chunk, end live runs as aborted, stop."""
-        self._submit_command(self._abort_all)
+        self.writer.do(self._abort_all)
+        self.writer.stop()
+        self._publisher.stop()
         self._stopping.set()
-        self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._sync_wanted.set()
+        self._syncer.join()
         for stream in self._streams.values():
             stream.store.close()
 
@@ -160,10 +119,22 @@ class Recorder:
         *,
         sample: str | None = None,
         user_data: dict[str, Any] | None = None,
+        request_key: str | None = None,
+        is_open: bool = False,
     ) -> RunFolder:
-        """A new run; without a number, the next free one of the experiment."""
+        """A new run; without a number, the next free one of the experiment.
+
+        A ``request_key`` that has been used gives the run that was started with it. A run that ``is_open``
+        takes all detector series of its experiment until `stop_run`.
+        """
         check_name(experiment, "experiment")
         with self._lock:
+            known = self._started_with(experiment, request_key)
+            if known is not None:
+                return known
+            if is_open and experiment in self._open_runs:
+                other = self._open_runs[experiment].header.run
+                raise BadName(f"run {run_key(experiment, other)} is open; stop it before another is opened")
             number = self._next_run(experiment) if run is None else check_run(run)
             header = RunHeader(
                 experiment=experiment,
@@ -171,14 +142,70 @@ class Recorder:
                 started_at=datetime.now(UTC),
                 sample=sample,
                 user_data=user_data or {},
+                request_key=request_key,
             )
             try:
                 folder = RunFolder.create(self.root, header)
             except FileExistsError as error:
                 raise BadName(f"{error}; choose another run number, or leave it out to get the next one") from error
-            self._record_in_catalog(folder)
+            if is_open:
+                folder.add_event("run_opened", {})
+                self._open_runs[experiment] = folder
+            self._run_changed(folder)
         log.info("run %s started", run_key(experiment, number))
         return folder
+
+    def open_run(self, experiment: str) -> RunFolder | None:
+        """The run that takes all series of an experiment now."""
+        return self._open_runs.get(experiment)
+
+    def stop_run(self, folder: RunFolder, *, aborted: str | None = None, done: Ended) -> None:
+        """End a run that was started open; ``done`` is told when the last of its streams has ended.
+
+        Raises
+        ------
+        BadName : it is not open.
+        """
+        header = folder.header
+        with self._lock:
+            opened = self._open_runs.get(header.experiment)
+            if opened is None or opened.header.run != header.run:
+                raise BadName(f"run {run_key(header.experiment, header.run)} is not open; only such a run is stopped")
+            del self._open_runs[header.experiment]
+            folder.add_event("run_closed", {"aborted": aborted})
+        streams = [s for s in self._primary(folder) if not s.is_ended]
+        if not streams:
+            self._end_empty(folder, aborted or "no stream was started")
+            done(None)
+        left = len(streams)
+
+        def ended(error: NearlineError | None) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 or error is not None:
+                done(error)
+
+        for stream in streams:
+            self.finish_stream(stream, aborted=aborted, done=ended)
+
+    def continue_stream(self, stream: LiveStream, series: SeriesHeader) -> None:
+        """One more detector series in a stream of an open run; its frames follow those there are."""
+        states = stream.store.states
+        part = SeriesPart(series.series_unique_id, series.series_id, max(states.announced, stream.submitted))
+        event = {
+            "data_source": stream.header.data_source,
+            "series_unique_id": part.series_unique_id,
+            "series_id": part.series_id,
+            "offset": part.offset,
+        }
+        stream.folder.add_event("series_started", event)
+        stream.series.append(part)
+
+    def end_series(self, stream: LiveStream, part: SeriesPart) -> None:
+        """A series has ended: the stream with it, unless its run was opened by hand."""
+        part.is_ended = True
+        if not self._is_in_open_run(stream):
+            self.finish_stream(stream)
 
     def start_stream(
         self,
@@ -191,24 +218,30 @@ class Recorder:
         """A new stream in a run, ready for frames."""
         with self._lock:
             store = StreamStore.create(folder, header, pixel_mask=pixel_mask, flatfield=flatfield)
-            stream = LiveStream(store, folder)
+            stream = LiveStream(store, folder, series=_first_series(header))
             self._streams[stream.key] = stream
-            self._record_in_catalog(folder)
+            self._run_changed(folder)
         self._on_change(stream.key)
         return stream
 
-    def take_up_stream(self, folder: RunFolder, header: StreamHeader) -> bool:
+    def take_up_stream(self, folder: RunFolder, header: StreamHeader) -> LiveStream | None:
         """Open an unfinished derived stream again, whose run had ended before this service was started."""
         name = header.data_source
         with self._lock:
             is_ours = header.parent is not None and name in folder.data_sources() and not folder.finished(name)
             if not is_ours or folder.stream_header(name) != header:
-                return False
+                return None
             stream = LiveStream(StreamStore.recover(folder, name), folder)
             self._streams[stream.key] = stream
             self._take_up(stream)
         self._on_change(stream.key)
-        return True
+        return stream
+
+    def join(self, stream: LiveStream, producer: str) -> None:
+        """One more producer for a stream, which does not end before this one has finished; kept across a restart."""
+        if producer and producer not in stream.producers:
+            stream.producers.add(producer)
+            stream.folder.add_event("producer_joined", {"data_source": stream.header.data_source, "producer": producer})
 
     def find(self, key: StreamKey) -> LiveStream | None:
         """The stream if this service has it open."""
@@ -216,20 +249,13 @@ class Recorder:
 
     def find_series(self, series_unique_id: str | None, series_id: int) -> list[LiveStream]:
         """Unfinished streams of a detector series; by the unique id where the detector sends one."""
-        found = []
-        for stream in list(self._streams.values()):
-            series = stream.header.series
-            if series is None or stream.store.is_finished or stream.header.parent is not None:
-                continue
-            same = series.series_unique_id == series_unique_id if series_unique_id else series.series_id == series_id
-            if same:
-                found.append(stream)
-        return found
+        going_on = (s for s in list(self._streams.values()) if not (s.store.is_finished or s.is_derived))
+        return [s for s in going_on if s.find_series(series_unique_id, series_id)]
 
     def state_of(self, folder: RunFolder) -> RunState:
         """A run's state; draining once its last frames are taken and not all of them sealed."""
         state = folder.state
-        mine = [s for s in list(self._streams.values()) if s.folder.path == folder.path and s.header.parent is None]
+        mine = self._primary(folder)
         is_draining = not state.is_terminal and mine and all(s.is_draining for s in mine)
         return RunState.draining if is_draining else state
 
@@ -245,59 +271,73 @@ class Recorder:
         frames: list[tuple[FrameInfo, Any]],
         *,
         timeout: float = 0.5,
-        done: Outcomes | None = None,
+        ack: AckLevel = "stored",
+        settled: Settled | None = None,
     ) -> bool:
         """Queue frames of one stream; False when the buffer stayed full for ``timeout`` s (try again).
 
-        ``done`` is called from the writer thread with what became of each frame: ``stored``,
+        ``settled`` is told index and outcome of each frame once they have reached ``ack``: ``kept``,
         ``duplicate``, ``late``, ``conflict`` or ``failed`` (the disk refused it for good).
 
         Raises
         ------
         BadFrame : some bytes cannot be a frame of this stream; none of the frames is taken.
         """
-        raw = [RawFrame(info, blob, self._check(stream, info, blob)) for info, blob in frames]
+        raw = self.weigh(stream, frames)
         if not self.buffer.reserve(sum(frame.cost_bytes for frame in raw), timeout):
             return False
-        for info, blob in frames:
-            info.crc32c, info.digest, info.received_ns = blob_crc32c(blob), blob_digest(blob), time.time_ns()
-        stream.last_activity = time.monotonic()
-        stream.submitted = max([stream.submitted, *(info.frame_index + 1 for info, _ in frames)])
-        self._queue.put(lambda: self._write(stream, raw, done))
+        self.take(Put(stream, raw, ack, settled))
         return True
 
-    def _check(self, stream: LiveStream, info: FrameInfo, blob: Any) -> int:
-        """Refuse what cannot be a frame of this stream; sets the row's size and gives what it takes in memory."""
-        header = stream.header
-        info.size_bytes = memoryview(blob).nbytes
-        limit = self.index_limit(stream)
-        if not 0 <= info.frame_index < limit:
-            raise BadFrame(
-                f"frame_index {info.frame_index} of {header.data_source} is outside 0 to {limit - 1}; "
-                "check the source's numbering and its planned number of frames"
-            )
-        if header.kind == "frames":
-            check_blob(blob, header.codec, header.shape, header.dtype)
-        elif info.size_bytes:
-            raise BadFrame(f"{header.data_source} is a table; its rows carry no payload")
-        return info.size_bytes + _ROW_BYTES + meta_bytes(info.meta)
+    def weigh(self, stream: LiveStream, frames: list[tuple[FrameInfo, Any]]) -> list[RawFrame]:
+        """The frames with what each takes in memory; refuses rows that cannot be meant. Sets each row's size."""
+        header, raw = stream.header, []
+        for info, blob in frames:
+            info.size_bytes = memoryview(blob).nbytes
+            is_automatic = info.frame_index == -1 and info.producer and header.parts == 1
+            if not is_automatic:
+                stream.require_index(info.frame_index)
+            if not 0 <= info.part < header.parts:
+                raise BadFrame(f"part {info.part} of frame {info.frame_index}: {header.data_source} has {header.parts}")
+            if header.kind == "table" and info.size_bytes:
+                raise BadFrame(f"{header.data_source} is a table; its rows carry no payload")
+            raw.append(RawFrame(info, blob, info.size_bytes + _ROW_BYTES + meta_bytes(info.meta)))
+        return raw
 
-    @staticmethod
-    def index_limit(stream: LiveStream) -> int:
-        """Frame indices below this are believed."""
-        header, announced = stream.header, max(stream.store.states.announced, stream.submitted)
-        jump = _LONGEST_PLANNED_JUMP if header.planned else _LONGEST_JUMP
-        limit = announced + min(jump, _LONGEST_JUMP_CHUNKS * header.frames_per_chunk)
-        return max(min(limit, header.planned), announced) if header.planned else limit
+    def take(self, put: Put) -> None:
+        """Check, number and queue frames that were weighed, and for which room was reserved.
+
+        Raises
+        ------
+        BadFrame : as `submit`; the room has been given back.
+        """
+        stream, header, now = put.stream, put.stream.header, time.time_ns()
+        try:
+            if header.kind == "frames":
+                for frame in put.frames:
+                    check_blob(frame.blob, header.codec, header.shape, header.dtype)
+        except BadFrame:
+            self.buffer.release(sum(frame.cost_bytes for frame in put.frames))
+            raise
+        self.metrics.frames_received.add(len(put.frames))
+        self.metrics.bytes_received.add(sum(frame.nbytes for frame in put.frames))
+        for frame in put.frames:
+            info = frame.info
+            info.crc32c, info.digest, info.received_ns = blob_crc32c(frame.blob), blob_digest(frame.blob), now
+        stream.number([frame.info for frame in put.frames])
+        stream.last_activity = time.monotonic()
+        self.writer.put(put)
+        if put.ack == "buffered":
+            put.tell(["kept"] * len(put.frames))
 
     def reject(self, stream: LiveStream, frame_index: int, cause: str) -> None:
         """Account for a frame that came but cannot be used."""
 
         def command() -> None:
             stream.store.account(frame_index, frame_index + 1, FrameState.rejected, cause)
-            self._advance(stream)
+            self.written(stream)
 
-        self._submit_command(command)
+        self.writer.do(command)
 
     def finish_stream(
         self,
@@ -305,22 +345,27 @@ class Recorder:
         announced: int = 0,
         *,
         aborted: str | None = None,
+        producer: str = "",
         done: Ended | None = None,
     ) -> None:
         """End a stream after everything queued before; ``aborted`` says why when it was not a regular end.
 
-        ``done`` is called from the writer thread once it has ended, or with the error why it cannot.
+        A stream with several producers ends when the last of them has finished. ``done`` is called
+        from another thread once it has ended, or this producer's part in it; or with the error why
+        it cannot.
 
         Raises
         ------
         BadFrame : ``announced`` is not a number of frames this stream can have.
         """
-        if not 0 <= announced <= self.index_limit(stream):
+        if not 0 <= announced <= stream.index_limit:
             raise BadFrame(
                 f"{stream.header.data_source} cannot end with {announced} frames: it has "
                 f"{stream.store.states.announced} so far and {stream.header.planned or 'no number'} planned"
             )
-
+        if stream.producers - {producer}:
+            self._finish_part(stream, announced, producer, done)
+            return
         stream.is_draining = True
 
         def command() -> None:
@@ -328,192 +373,115 @@ class Recorder:
                 stream.on_end.append(done)
             self._finish(stream, announced, aborted)
 
-        self._submit_command(command)
+        self.writer.do(command)
 
-    # ---- the writer thread --------------------------------------------------------------------
+    def _finish_part(self, stream: LiveStream, announced: int, producer: str, done: Ended | None) -> None:
+        """One producer of several has finished; the others go on."""
+        stream.folder.add_event("producer_finished", {"data_source": stream.header.data_source, "producer": producer})
+        stream.producers.discard(producer)
+        stream.submitted = max(stream.submitted, announced)
 
-    def _submit_command(self, command: Callable[[], None]) -> None:
-        self._queue.put(command)
+        def command() -> None:
+            stream.store.states.announce(announced)
+            if done:
+                done(None)
 
-    def _write_loop(self) -> None:
-        last_tick = time.monotonic()
-        while True:
-            try:
-                command = self._queue.get(timeout=_TICK_S)
-            except queue.Empty:
-                command = self._tick
-            if command is None:
-                return
-            try:
-                command()
-                if time.monotonic() - last_tick > _TICK_S:
-                    last_tick = time.monotonic()
-                    self._tick()
-            except Exception:
-                log.exception("the writer could not carry out a command; it goes on with the next")
+        self.writer.do(command)
 
-    def _write(self, stream: LiveStream, frames: list[RawFrame], done: Outcomes | None) -> None:
-        """Admit and journal frames; their room in the buffer is kept or given back."""
-        outcomes = []
-        for frame in frames:
-            outcome = self._outcome(stream, frame)
-            if outcome != "stored":
-                self.buffer.release(frame.cost_bytes)
-            outcomes.append(outcome)
-        stream.last_activity = time.monotonic()
-        if stream.lost_until is None and frames:
-            stream.lost_until = frames[0].info.frame_index
-        if done:
-            done(outcomes)
-        self._advance(stream)
+    # ---- what the writer tells -----------------------------------------------------------------
 
-    def _outcome(self, stream: LiveStream, frame: RawFrame) -> str:
-        """What became of a frame; whatever goes wrong with one, its room comes back and its sender hears of it."""
-        try:
-            return self._admit_and_append(stream, frame)
-        except IndexConflict as error:
-            log.error("%s", error)
-            return "conflict"
-        except Exception as error:
-            index = frame.info.frame_index
-            log.exception("frame %d of %s could not be stored", index, stream.key)
-            if not self._stopping.is_set() and not stream.store.is_finished:
-                stream.store.account(index, index + 1, FrameState.rejected, f"could not be stored: {error}")
-            return "failed"
-
-    def _admit_and_append(self, stream: LiveStream, frame: RawFrame) -> str:
-        admission = stream.store.admit(frame.info)
-        if admission in (Admission.duplicate, Admission.retry):
-            return Admission.duplicate.value
-        store_it = stream.store.append if admission is Admission.new else stream.store.append_late
-        while True:
-            try:
-                store_it(frame.info, frame.blob)
-                break
-            except FrameTooLate:
-                return Admission.late.value
-            except OSError as error:
-                if error.errno not in _WAIT_AND_RETRY:
-                    raise
-                self._disk_refuses(error)
-                if self._stopping.wait(_RETRY_FULL_DISK_S):
-                    raise
-        self.is_disk_full = False
-        self.buffer.keep_stored(stream.key, frame)
-        return "stored"
-
-    def _disk_refuses(self, error: OSError) -> None:
-        if not self.is_disk_full:
-            log.error("the disk refuses to write, trying again until it does: %s", error)
-        self.is_disk_full = True
-
-    def _advance(self, stream: LiveStream) -> None:
-        """Tell the readers, then seal what is complete: no reader waits for a disk to sync."""
-        store = stream.store
+    def written(self, stream: LiveStream) -> None:
+        """Tell the readers; hand whole chunks to the publisher."""
         self._on_change(stream.key)
-        is_new_chunk = store.states.announced // store.header.frames_per_chunk > stream.n_whole_chunks
-        if (is_new_chunk or stream.gap_since is not None) and self._seal_complete(stream):
-            self._on_change(stream.key)
+        n_whole = stream.store.states.announced // stream.header.frames_per_chunk
+        if n_whole > stream.n_whole_chunks or stream.gap_since is not None:
+            self._seal_complete(stream)
         _watch_gap(stream)
 
-    def _seal_complete(self, stream: LiveStream) -> bool:
-        """Seal some of the chunks that are complete; what is left over comes with the next frame or tick."""
-        store = stream.store
-        try:
-            commits = store.seal_complete(_SEAL_AT_ONCE)
-        except StreamOwned as error:
-            self._give_up(stream, error)
-            return False
-        except OSError as error:
-            # The journal holds everything stored; the seal is tried again.
-            self._disk_refuses(error)
-            return False
-        if len(commits) < _SEAL_AT_ONCE:
-            stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
-        self._sealed(stream, commits)
-        return bool(commits)
-
-    def _give_up(self, stream: LiveStream, error: StreamOwned) -> None:
-        """Another service owns the stream now: leave its files alone."""
-        log.error("%s", error)
-        stream.store.close()
-        self._streams.pop(stream.key, None)
-        self._on_change(stream.key)
-        self._tell_end(stream, error)
-
-    def _sealed(self, stream: LiveStream, commits: list[ChunkCommit]) -> None:
-        if commits:
-            self.is_disk_full = False
-            log.debug("%s sealed chunks %s", stream.key, [c.chunk for c in commits])
-            self._record_in_catalog(stream.folder, {stream.header.data_source: stream.store.states.announced})
-
-    def _record_in_catalog(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
-        """Bring the index up to date; it can be rebuilt at any time, so its failure stops nothing."""
-        try:
-            self.catalog.record(folder, announced)
-        except (SQLAlchemyError, OSError, ValueError) as error:
-            log.error("the catalog is behind (`nearline catalog rebuild` restores it): %s", error)
-
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """Declare overdue gaps missing; end streams that have gone quiet."""
         now = time.monotonic()
         for stream in list(self._streams.values()):
-            if stream.is_ended:
-                continue
-            if stream.unfinished is not None:
-                self._finish(stream, *stream.unfinished)
+            if not stream.is_open:
                 continue
             if stream.gap_since is not None and now - stream.gap_since > self._gap_timeout_s:
                 _declare_missing(stream, stream.gap_stop)
-                stream.gap_since, stream.n_whole_chunks = None, 0
+                stream.gap_since = None
                 _watch_gap(stream)
-                self._on_change(stream.key)
-            if stream.store.states.announced // stream.header.frames_per_chunk > stream.n_whole_chunks:
                 self._seal_complete(stream)
                 self._on_change(stream.key)
             if now - stream.last_activity > self._patience(stream):
                 self._finish(stream, 0, f"no message for {self._patience(stream):g} s")
 
+    def await_sync(self, stream: LiveStream, done: Callable[[], None]) -> None:
+        """Have the sync thread call ``done`` when what has been stored so far is durable."""
+        with stream.lock:
+            stream.awaiting_sync.append(done)
+        self._sync_wanted.set()
+
+    def _seal_complete(self, stream: LiveStream) -> None:
+        chunks = stream.store.take_complete(None)
+        if stream.gap_since is None:
+            stream.n_whole_chunks = stream.store.states.announced // stream.header.frames_per_chunk
+        if chunks:
+            stream.to_seal.extend(chunks)
+            self._publisher.look_after(stream)
+
     def _patience(self, stream: LiveStream) -> float:
-        """Analysis may pause for longer than a detector."""
-        return self._idle_timeout_s if stream.header.parent is None else _DERIVED_IDLE_S
+        """Analysis may pause for longer than a detector, and so may a run that somebody will stop by hand."""
+        is_patient = stream.is_derived or self._is_in_open_run(stream)
+        return _LONG_IDLE_S if is_patient else self._idle_timeout_s
+
+    def _is_in_open_run(self, stream: LiveStream) -> bool:
+        opened = self._open_runs.get(stream.header.experiment)
+        return opened is not None and opened.header.run == stream.header.run
 
     def _finish(self, stream: LiveStream, announced: int, aborted: str | None) -> None:
+        """In the writer thread: nothing more comes; the publisher does the rest."""
         if stream.is_ended:
-            self._tell_end(stream, None)
-            return
-        try:
-            commits = []
-            if not stream.store.is_finished:
-                _declare_missing(stream, max(announced, stream.store.states.announced))
-                commits = stream.store.finish(announced, _NOT_RECEIVED, aborted)
-            if stream.header.parent is None:
-                self._finish_run_if_done(stream)
-        except StreamOwned as error:
-            self._give_up(stream, error)
-            return
-        except OSError as error:
-            # A full disk, mostly. The journals hold everything stored; try again until there is room.
-            self._disk_refuses(error)
-            stream.unfinished = (announced, aborted)
-            return
-        stream.unfinished, stream.is_ended, self.is_disk_full = None, True, False
-        self._sealed(stream, commits)
-        stream.store.close()
-        self._record_in_catalog(stream.folder)
+            _tell_end(stream, None)
+        elif stream.is_open:
+            _declare_missing(stream, max(announced, stream.store.states.announced))
+            stream.to_seal.extend(stream.store.begin_finish(announced, _NOT_RECEIVED, aborted))
+            stream.is_finishing = True
+            self._publisher.look_after(stream)
+
+    def _abort_all(self) -> None:
+        for stream in list(self._streams.values()):
+            # Analysis goes on when a service is back; only what a detector sends is over.
+            if not stream.is_derived:
+                self._finish(stream, 0, "service stopped")
+
+    # ---- what the publisher tells ----------------------------------------------------------------
+
+    def sealed(self, stream: LiveStream, commit: ChunkCommit) -> None:
+        log.debug("%s sealed chunk %d", stream.key, commit.chunk)
+        self._catalog.record(stream.folder, {stream.header.data_source: stream.store.states.announced})
+        if self._uploader is not None:
+            self._uploader.chunk_sealed(stream.folder, stream.header.data_source, commit.chunk)
         self._on_change(stream.key)
-        self._tell_end(stream, None)
+
+    def ending(self, stream: LiveStream) -> None:
+        """The run has ended if this was its last stream: both are seen at once."""
+        if not stream.is_derived:
+            self._finish_run_if_done(stream)
+
+    def ended(self, stream: LiveStream) -> None:
+        stream.store.close()
+        self._run_changed(stream.folder)
+        self._on_change(stream.key)
+        _tell_end(stream, None)
         self._forget_old()
 
-    @staticmethod
-    def _tell_end(stream: LiveStream, error: NearlineError | None) -> None:
-        for done in stream.on_end:
-            done(error)
-        stream.on_end.clear()
+    def lost(self, stream: LiveStream, error: NearlineError) -> None:
+        """Another service owns the stream now: leave its files alone."""
+        stream.store.close()
+        self._streams.pop(stream.key, None)
+        self._on_change(stream.key)
+        _tell_end(stream, error)
 
     def _finish_run_if_done(self, stream: LiveStream) -> None:
-        folder = stream.folder
-        mine = [s for s in self._streams.values() if s.folder.path == folder.path and s.header.parent is None]
+        folder, mine = stream.folder, self._primary(stream.folder)
         if folder.state.is_terminal or not all(s.store.is_finished for s in mine):
             return
         ledgers = [s.ledger() for s in mine]
@@ -525,27 +493,44 @@ class Recorder:
             log.error("ledger of %s does not balance: %s", folder.path, problem)
         log.info("run %s %s", run_key(folder.header.experiment, folder.header.run), state.value)
 
+    def _primary(self, folder: RunFolder) -> list[LiveStream]:
+        return [s for s in list(self._streams.values()) if s.folder.path == folder.path and not s.is_derived]
+
     def _forget_old(self) -> None:
         # The end of a run is judged on all its streams: none is forgotten before.
-        ended = [s for s in self._streams.values() if s.is_ended and s.folder.state.is_terminal]
+        ended = [s for s in list(self._streams.values()) if s.is_ended and s.folder.state.is_terminal]
         for stream in ended[:-_KEEP_FINISHED]:
             del self._streams[stream.key]
 
-    def _abort_all(self) -> None:
-        for stream in list(self._streams.values()):
-            # Analysis goes on when a service is back; only what a detector sends is over.
-            if stream.header.parent is None or stream.is_ended:
-                self._finish(stream, 0, "service stopped")
-            else:
-                stream.store.sync()
+    def _run_changed(self, folder: RunFolder) -> None:
+        """Have the index and the object store brought up to date; neither is waited for."""
+        self._catalog.record(folder)
+        if self._uploader is not None:
+            self._uploader.run_changed(folder)
+
+    # ---- the sync thread -------------------------------------------------------------------------
 
     def _sync_loop(self) -> None:
-        while not self._stopping.wait(_SYNC_INTERVAL_S):
+        """Every 100 ms, and at once for a producer that waits for it; what comes during a sync waits for the next."""
+        while not self._stopping.is_set():
+            self._sync_wanted.wait(_SYNC_INTERVAL_S)
+            self._sync_wanted.clear()
             for stream in list(self._streams.values()):
-                try:
-                    stream.store.sync()
-                except OSError as error:
-                    self._disk_refuses(error)
+                self._sync(stream)
+
+    def _sync(self, stream: LiveStream) -> None:
+        with stream.lock:
+            waiting, stream.awaiting_sync = stream.awaiting_sync, []
+        try:
+            with self.metrics.sync.timed():
+                stream.store.sync()
+        except OSError as error:
+            self.disk.refuses(error)
+            with stream.lock:
+                stream.awaiting_sync[:0] = waiting
+            return
+        for done in waiting:
+            done()
 
     # ---- recovery -----------------------------------------------------------------------------
 
@@ -561,16 +546,23 @@ class Recorder:
                 # One damaged run, or one that another service writes, must not keep this one from starting.
                 log.exception("could not take over %s in %s; it is left as it is", name, folder.path)
                 continue
+            stream.producers, stream.series = _open_producers(folder, name), _all_series(folder, stream.header)
             self._streams[stream.key] = stream
             streams.append(stream)
             self._take_up(stream)
             log.info("took over %s with %d frames stored", stream.key, stream.store.ledger().stored)
-        primary = [s for s in streams if s.header.parent is None]
+        primary = [s for s in streams if not s.is_derived]
         if primary and all(s.store.is_finished for s in primary) and len(streams) == len(names):
             self._finish_run_if_done(primary[0])
+        if any(folder.events("run_opened")) and not any(folder.events("run_closed")):
+            self._open_runs[folder.header.experiment] = folder
         elif not names:
-            folder.add_event("run_finished", {"state": RunState.aborted.value, "cause": "no stream was started"})
-        self._record_in_catalog(folder)
+            self._end_empty(folder, "no stream was started")
+        self._run_changed(folder)
+
+    @staticmethod
+    def _end_empty(folder: RunFolder, cause: str) -> None:
+        folder.add_event("run_finished", {"state": RunState.aborted.value, "cause": cause})
 
     @staticmethod
     def _take_up(stream: LiveStream) -> None:
@@ -581,9 +573,55 @@ class Recorder:
             stream.n_whole_chunks = store.states.announced // store.header.frames_per_chunk
             _watch_gap(stream)
 
+    def _started_with(self, experiment: str, request_key: str | None) -> RunFolder | None:
+        if request_key is None:
+            return None
+        for number in sorted(self._run_numbers(experiment), reverse=True)[:_LOOK_BACK_RUNS]:
+            with suppress(RunNotFound):  # one that is damaged is not the one
+                folder = RunFolder.open(self.root / experiment / str(number))
+                if folder.header.request_key == request_key:
+                    return folder
+        return None
+
     def _next_run(self, experiment: str) -> int:
-        taken = [int(p.name) for p in (self.root / experiment).glob("[0-9]*") if p.name.isdecimal()]
-        return max(taken, default=0) + 1
+        return max(self._run_numbers(experiment), default=0) + 1
+
+    def _run_numbers(self, experiment: str) -> list[int]:
+        return [int(p.name) for p in (self.root / experiment).glob("[0-9]*") if p.name.isdecimal()]
+
+
+def _tell_end(stream: LiveStream, error: NearlineError | None) -> None:
+    for done in stream.on_end:
+        done(error)
+    stream.on_end.clear()
+
+
+def _first_series(header: StreamHeader) -> list[SeriesPart]:
+    series = header.series
+    return [SeriesPart(series.series_unique_id, series.series_id, 0)] if series else []
+
+
+def _all_series(folder: RunFolder, header: StreamHeader) -> list[SeriesPart]:
+    """The series of a stream after a restart; the last one may still be coming."""
+    later = [e.payload for e in folder.events("series_started") if e.payload["data_source"] == header.data_source]
+    parts = _first_series(header)
+    parts += [SeriesPart(p["series_unique_id"], p["series_id"], p["offset"]) for p in later]
+    for part in parts[:-1]:
+        part.is_ended = True
+    return parts
+
+
+def _open_producers(folder: RunFolder, data_source: str) -> set[str]:
+    """Those who joined a stream and have not finished it."""
+    found: set[str] = set()
+    for event in folder.events():
+        if event.payload.get("data_source") != data_source:
+            continue
+        if event.kind == "producer_joined":
+            found.add(event.payload["producer"])
+        elif event.kind == "producer_finished":
+            found.discard(event.payload["producer"])
+    return found
 
 
 def _watch_gap(stream: LiveStream) -> None:
@@ -598,7 +636,8 @@ def _watch_gap(stream: LiveStream) -> None:
 def _declare_missing(stream: LiveStream, stop: int) -> None:
     """What has not come below ``stop`` will not come; with the cause, as far as it is known."""
     lost_until = stop if stream.lost_until is None else min(stream.lost_until, stop)
-    stream.store.account(0, lost_until, FrameState.missing, _LOST_WHILE_DOWN)
+    if lost_until > 0:
+        stream.store.account(0, lost_until, FrameState.missing, _LOST_WHILE_DOWN)
     stream.store.account(lost_until, stop, FrameState.missing, _NOT_RECEIVED)
 
 

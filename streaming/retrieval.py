@@ -6,27 +6,30 @@ business of a `StreamSource`: a running service or a run folder.
 
 import itertools
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from storage.codec import decode
-from storage.errors import BadAnnotation, CorruptFrame, FrameMissing, RunNotFound, StreamNotFound
+from storage.codec import decode, decode_into
+from storage.errors import BadAnnotation, CorruptFrame, FrameMissing, GroupNeedsService, RunNotFound, StreamNotFound
 from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_columns import PREFIXES
 from storage.geometry import Geometry
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import parse_run_key, run_key
-from storage.run_folder import ChunkCommit, RunFolder
+from storage.run_folder import ChunkCommit, Event, RunFolder
 from storage.states import StreamLedger
-from storage.stream_source import FolderSource, StreamSource, StreamStatus, state_of
+from storage.stream_source import FolderSource, LeasedFrame, StreamSource, StreamStatus, state_of
 from streaming import wire
 from streaming.client import Client, is_reachable
 from streaming.service_source import ServiceSource
@@ -44,6 +47,9 @@ __all__ = ["Chunk", "Frame", "FrameTimes", "Run", "Stream", "StreamSlice", "open
 
 log = logging.getLogger("nearline.retrieval")
 
+# A wait that another thread may end looks so often whether it has.
+_LOOK_AT_STOP_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class FrameTimes:
@@ -58,10 +64,14 @@ class FrameTimes:
 
 
 class Frame:
-    """One frame: its bytes as the detector compressed them, decoded when first touched."""
+    """One frame: its bytes as the detector compressed them, decoded when first touched.
 
-    def __init__(self, raw: RawFrame, header: StreamHeader, delivery: int = 1) -> None:
-        self._raw, self._header, self.delivery = raw, header, delivery
+    A frame of a detector in parts holds all parts that came; the rest says what belongs to the
+    first of them.
+    """
+
+    def __init__(self, raws: list[RawFrame], header: StreamHeader, leased: LeasedFrame | None = None) -> None:
+        self._raws, self._raw, self._header, self._leased = raws, raws[0], header, leased
 
     @property
     def frame_index(self) -> int:
@@ -71,6 +81,32 @@ class Frame:
     def info(self) -> FrameInfo:
         """The frame's row in the frame table."""
         return self._raw.info
+
+    @property
+    def delivery(self) -> int:
+        """How often a group has given it out, this time included."""
+        return self._leased.delivery if self._leased else 1
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it came after its chunk had been sealed without it."""
+        return self._raw.info.late
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all its parts are there."""
+        return len(self._raws) == self._header.parts
+
+    def retry_later(self, delay_s: float = 0.0) -> None:
+        """In a group: have it delivered again after so long, to anyone, instead of acknowledged.
+
+        Raises
+        ------
+        GroupNeedsService : the frame does not come from a group.
+        """
+        if self._leased is None:
+            raise GroupNeedsService("only a frame that was given out to a group can be given back; follow(group=…)")
+        self._leased.retry_after_s = delay_s
 
     @property
     def raw(self) -> RawFrame:
@@ -89,11 +125,27 @@ class Frame:
 
     @cached_property
     def data(self) -> np.ndarray:
-        """The pixels, (slow, fast), in the stream's dtype; masked pixels hold the dtype's maximum."""
+        """The pixels, (slow, fast), in the stream's dtype; masked pixels hold the dtype's maximum.
+
+        Of a detector in parts (part, slow, fast), a part that never came filled like masked pixels.
+        """
         header = self._header
         if header.kind == "table":
             raise FrameMissing(f"{header.data_source} is a table: its frames have .meta, but no pixels")
-        return decode(self._raw.blob, header.shape, header.dtype, header.codec)
+        if header.parts == 1:
+            return decode(self._raw.blob, header.shape, header.dtype, header.codec)
+        data = np.full((header.parts, *header.shape), header.fill_value, header.dtype)
+        for raw in self._raws:
+            decode_into(raw.blob, data[raw.info.part, ...], header.codec)
+        return data
+
+    @cached_property
+    def parts(self) -> list[np.ndarray | None]:
+        """The pixels of each part; None where one never came."""
+        header, found = self._header, dict.fromkeys(range(self._header.parts))
+        for raw in self._raws:
+            found[raw.info.part] = decode(raw.blob, header.shape, header.dtype, header.codec)
+        return list(found.values())
 
     @property
     def times(self) -> FrameTimes:
@@ -148,8 +200,8 @@ class StreamSlice:
             frames = self._stream.source.read(at, self.stop)
             if not frames:
                 return
-            for raw in frames:
-                yield Frame(raw, self._stream.header)
+            for _, parts in groupby(frames, lambda raw: raw.info.frame_index):
+                yield Frame(list(parts), self._stream.header)
             at = frames[-1].info.frame_index + 1
 
     @property
@@ -207,7 +259,7 @@ class Stream:
             start, stop, _ = which.indices(len(self))
             return StreamSlice(self, start, stop)
         index = which + len(self) if which < 0 else which
-        return Frame(self.source.read_one(index), self.header)
+        return Frame(self.source.read_parts(index), self.header)
 
     def __iter__(self) -> Iterator[Frame]:
         """All frames there are now; `follow` also waits for those to come."""
@@ -219,7 +271,14 @@ class Stream:
         return self[:].array
 
     def follow(
-        self, group: str | None = None, *, start: int = 0, timeout: float | None = None, lease_s: float = 60.0
+        self,
+        group: str | None = None,
+        *,
+        start: int = 0,
+        timeout: float | None = None,
+        lease_s: float = 60.0,
+        max_deliveries: int | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[Frame]:
         """Every frame in order, waiting for those to come, until the run has ended.
 
@@ -231,6 +290,9 @@ class Stream:
         timeout : stop after so many seconds without a new frame; None waits for ever.
         lease_s : a member that has not come back for the next frame after so many seconds loses this
             one to another member.
+        max_deliveries : a frame that a group has given out so often in vain becomes a dead letter
+            (`dead_letters`); None leaves the group's own limit, 10 at first.
+        stop : set by another thread to end the loop, within 0.2 s also while it waits.
 
         Raises
         ------
@@ -238,21 +300,47 @@ class Stream:
         CorruptFrame : the next frame is damaged on disk; go on with ``start`` behind it, or use a group.
         """
         if group is not None:
-            for leased in self.source.follow_group(group, timeout, lease_s):
-                yield Frame(leased.frame, self.header, leased.delivery)
+            leases = self.source.follow_group(group, timeout, lease_s, stop=stop, max_deliveries=max_deliveries)
+            for leased in leases:
+                yield Frame([leased.frame, *leased.more_parts], self.header, leased)
             return
         at = max(start, 0)
-        while True:
-            status = self.source.wait(at, timeout)
+        while stop is None or not stop.is_set():
+            status = self._wait(at, timeout, stop)
             if status.watermark <= at:
                 return
-            yield from StreamSlice(self, at, status.watermark)
+            for frame in StreamSlice(self, at, status.watermark):
+                yield frame
+                if stop is not None and stop.is_set():
+                    return
             at = status.watermark
 
-    def latest(self, after: int = -1, *, timeout: float | None = 0.0) -> Frame | None:
-        """The newest frame with an index above ``after``; waits up to ``timeout`` s for one, then None."""
-        raw = self.source.latest(after, timeout)
-        return None if raw is None else Frame(raw, self.header)
+    def latest(self, after: int = -1, *, timeout: float | None = 0.0, group: str | None = None) -> Frame | None:
+        """The newest frame with an index above ``after``; waits up to ``timeout`` s for one, then None.
+
+        With a group, each newest frame is given only once to all its members: for displays and
+        programs that share the work of looking at what is new.
+        """
+        raw = self.source.latest(after, timeout, group)
+        if raw is None:
+            return None
+        is_whole = self.header.parts == 1
+        return Frame([raw] if is_whole else self.source.read_parts(raw.info.frame_index), self.header)
+
+    @property
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The consumer groups by name: cursor, lag, who has which frame, dead letters."""
+        return self.source.groups()
+
+    def seek(self, group: str, frame_index: int) -> None:
+        """Put a group on a frame: from there on all is delivered (again); 0 begins anew."""
+        self.source.seek_group(group, frame_index)
+
+    def settle_dead_letters(
+        self, group: str, action: Literal["retry", "drop"], frames: Iterable[int] | None = None
+    ) -> list[int]:
+        """Have a group's dead letters delivered again, or give them up; all, or these frames."""
+        return self.source.settle_dead_letters(group, action, None if frames is None else list(frames))
 
     @overload
     def where(
@@ -325,12 +413,13 @@ class Stream:
         known = KnownFrames(self, 0, self.status.announced, find_results(self, processing))
         return {prefix: known.names(prefix) for prefix in PREFIXES}
 
-    def read_blob(self, frame_index: int) -> bytes | None:
+    def read_blob(self, frame_index: int, part: int = 0) -> bytes | None:
         """A frame's compressed bytes; None where it is missing."""
         try:
-            return bytes(self.source.read_one(frame_index).blob)
+            found = {raw.info.part: raw for raw in self.source.read_parts(frame_index)}
         except FrameMissing:
             return None
+        return bytes(found[part].blob) if part in found else None
 
     def frames_at(self, indices: np.ndarray) -> Iterator[Frame]:
         """The frames of these indices, which must rise; those that are not there are left out.
@@ -371,6 +460,17 @@ class Stream:
         """Every frame accounted for."""
         return self.source.ledger()
 
+    def _wait(self, above: int, timeout: float | None, stop: threading.Event | None) -> StreamStatus:
+        """The status once the watermark exceeds ``above``; looks at ``stop`` meanwhile."""
+        if stop is None:
+            return self.source.wait(above, timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            status = self.source.wait(above, max(min(left, _LOOK_AT_STOP_S), 0.0))
+            if status.watermark > above or status.is_terminal or left <= 0 or stop.is_set():
+                return status
+
     @cached_property
     def pixel_mask(self) -> np.ndarray | None:
         """The detector's mask, (slow, fast) uint32, nonzero where a pixel must not be used; None if it sent none."""
@@ -409,6 +509,28 @@ class Run:
     @property
     def state(self) -> RunState:
         return RunState(self._describe(self.header.experiment, self.header.run)["state"])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is known of the run: what it was started with, and what was added since."""
+        found = dict(self.header.user_data)
+        for event in self.events("metadata"):
+            found.update(event.payload)
+        return found
+
+    @property
+    def next_run(self) -> int | None:
+        """Where the experiment goes on, if whoever sent this run has said so."""
+        pointers = [event.payload["run"] for event in self.events("next_run")]
+        return pointers[-1] if pointers else None
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        """The facts about the run in order, such as ``run_started``, ``comment``, ``run_finished``."""
+        if self._folder is not None:
+            return list(self._folder.events(kind))
+        assert self._client is not None
+        ask = wire.GetEvents(id=0, experiment=self.header.experiment, run=self.header.run, kind=kind)
+        return [Event.model_validate(content) for content in self._client.connection.ask_json(ask)]
 
     @property
     def data_sources(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The service: connectors, recorder and server put together, and its settings."""
+"""The service: connectors, recorder, server and what stands beside them put together, and its settings."""
 
 import logging
 import os
@@ -6,17 +6,25 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from storage.catalog import Catalog, default_url
-from storage.errors import SourceBusy
+from storage.block_walk import use_compiled_walk
+from storage.catalog import Catalog, CatalogWriter, default_url
 from storage.models import Model
 from storage.names import check_name
+from storage.upload import Uploader
 from streaming.connectors.eiger import EigerConnector
-from streaming.recorder import Recorder, StreamKey
+from streaming.live_stream import StreamKey
+from streaming.memory import keep_freed_memory
+from streaming.metrics import ServiceMetrics, resident_bytes
+from streaming.recorder import Recorder
+from streaming.security import Authority, announce_key, check_bind, secure_server, service_folder
 from streaming.server import Server
 from streaming.wire import DEFAULT_ADDRESS
 
@@ -38,41 +46,76 @@ class ServiceSettings(Model):
     """Everything `nearline serve` can be told."""
 
     root: Path = Field(Path("nearline-data"), description="data folder; runs are <root>/<experiment>/<run>/")
-    bind: str = Field(DEFAULT_ADDRESS, description="address for clients; loopback, since there are no tokens yet")
+    bind: str = Field(DEFAULT_ADDRESS, description="address for clients; beyond loopback only if guarded")
+    wants_tokens: bool = Field(False, description="let in only who shows a token of `nearline token create`")
+    encrypts: bool = Field(False, description="speak CURVE: clients need the key of `nearline token key`")
+    allows_insecure: bool = Field(False, description="listen beyond loopback even without tokens or encryption")
     experiment: str = Field("default", description="experiment of series that do not name one themselves")
     sources: tuple[SourceSettings, ...] = Field((SourceSettings(),), description="detectors to listen to")
-    buffer_bytes: int = Field(2 << 30, gt=0, description="memory for frames, in bytes")
+    buffer_bytes: int = Field(512 << 20, gt=0, description="memory for frames, in bytes")
     gap_timeout_s: float = Field(2.0, gt=0, description="wait for a missing frame index, s")
     idle_timeout_s: float = Field(60.0, gt=0, description="end a run as aborted after so long without a message, s")
     catalog_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in the data folder if left out")
+    upload_to: str | None = Field(None, description="URL of a folder that every sealed chunk is sent to, e.g. s3://…")
+    removes_uploaded: bool = Field(False, description="remove a run's local shards once it has ended and is uploaded")
 
 
 class Service:
     """A running service; a context manager that starts and stops all of it."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        _require_loopback(settings.bind)
+        check_bind(settings.bind, settings.wants_tokens, settings.encrypts, settings.allows_insecure)
         check_name(settings.experiment, "experiment")
-        self.settings = settings
+        keep_freed_memory()
+        use_compiled_walk()
+        self.settings, self._root = settings, settings.root.absolute()
         settings.root.mkdir(parents=True, exist_ok=True)
+        self.metrics = ServiceMetrics()
         self._catalog = Catalog(settings.catalog_url or default_url(settings.root))
+        self._stack = ExitStack()
+        self._stack.callback(self._catalog.close)
+        with _closing_on_error(self._stack):
+            self._assemble(settings)
+        self._started = time.monotonic()
+
+    def _assemble(self, settings: ServiceSettings) -> None:
+        self._catalog_writer = CatalogWriter(self._catalog)
+        self._stack.callback(self._catalog_writer.close)
+        self._uploader = None
+        if settings.upload_to:
+            self._uploader = Uploader(settings.upload_to, remove_local=settings.removes_uploaded)
+            self._stack.callback(self._uploader.close)
         self.recorder = Recorder(
-            settings.root.absolute(),
-            self._catalog,
+            self._root,
+            self._catalog_writer,
             budget_bytes=settings.buffer_bytes,
             gap_timeout_s=settings.gap_timeout_s,
             idle_timeout_s=settings.idle_timeout_s,
+            uploader=self._uploader,
+            metrics=self.metrics,
             on_change=self._changed,
         )
-        try:
-            self._server = Server(self.recorder, settings.bind, self.status, f"nearline pid {os.getpid()}")
-        except BaseException:
-            self._catalog.close()
-            raise
+        state_folder = service_folder(self._root)
+        self._authority = Authority(state_folder, is_required=settings.wants_tokens)
+        self.public_key: str | None = None
+
+        def secure(socket: Any) -> None:
+            if settings.encrypts:
+                self.public_key = secure_server(socket, state_folder).decode()
+
+        self._server = Server(
+            self.recorder,
+            self._catalog,
+            settings.bind,
+            self.status,
+            f"nearline pid {os.getpid()}",
+            admit=self._authority.admit,
+            secure=secure,
+        )
+        announce_key(state_folder, self._server.address, self.public_key.encode() if self.public_key else None)
         self._connectors = [
             EigerConnector(self.recorder, s.name, s.endpoint, settings.experiment) for s in settings.sources
         ]
-        self._started = time.monotonic()
 
     @property
     def address(self) -> str:
@@ -80,16 +123,18 @@ class Service:
         return self._server.address
 
     def __enter__(self) -> "Service":
-        try:
-            self.recorder.start()
-        except BaseException:
-            self._server.discard()
-            self._catalog.close()
-            raise
+        with _closing_on_error(self._stack):
+            try:
+                self.recorder.start()
+            except BaseException:
+                self._server.discard()
+                raise
+        if self._uploader is not None:
+            self._uploader.resume(self._root)
         self._server.start()
         for connector in self._connectors:
             connector.start()
-        log.info("serving %s on %s", self.settings.root.absolute(), self.address)
+        log.info("serving %s on %s", self._root, self.address)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,23 +142,23 @@ class Service:
             connector.stop()
         self.recorder.stop()
         self._server.stop()
-        self._catalog.close()
+        self._stack.close()
         log.info("stopped")
 
     def status(self) -> dict[str, Any]:
-        """The service's condition, as `nearline status` shows it."""
-        buffer = self.recorder.buffer
+        """The service's condition, as `nearline status` shows it: a `streaming.status.ServiceStatus`."""
+        buffer, disk = self.recorder.buffer, shutil.disk_usage(self._root)
         return {
             "address": self.address,
-            "root": str(self.settings.root.absolute()),
+            "root": str(self._root),
+            "version": version("nearline"),
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 1),
-            "buffer": {"used_bytes": buffer.used_bytes, "budget_bytes": buffer.budget_bytes},
-            "disk": {
-                "free_bytes": shutil.disk_usage(self.settings.root).free,
-                "is_full": self.recorder.is_disk_full,
-            },
+            "memory_bytes": resident_bytes(),
+            "clients": self._server.n_clients,
             "rejected_messages": self.recorder.n_rejected_messages,
+            "buffer": {"used_bytes": buffer.used_bytes, "budget_bytes": buffer.budget_bytes},
+            "disk": {"free_bytes": disk.free, "total_bytes": disk.total, "is_full": self.recorder.disk.is_full},
             "sources": [
                 {
                     "name": c.data_source,
@@ -126,9 +171,24 @@ class Service:
             ],
             "streams": [
                 s.ledger().model_dump(mode="json", exclude={"ranges"})
-                | {"experiment": s.header.experiment, "run": s.header.run}
+                | {"experiment": s.header.experiment, "run": s.header.run, "sealing": len(s.to_seal)}
                 for s in self.recorder.streams()
             ],
+            "groups": self._server.group_rows(),
+            "uploads": self._upload_status(),
+            "catalog": self._catalog_writer.status(),
+            "metrics": self.metrics.as_dict(),
+        }
+
+    def _upload_status(self) -> dict[str, Any]:
+        if self._uploader is None:
+            return {}
+        status = self._uploader.status()
+        return {
+            "waiting": status["chunks"],
+            "waiting_bytes": status["bytes"],
+            "error": status["error"],
+            "refused": status["refused"],
         }
 
     def _changed(self, key: StreamKey) -> None:
@@ -149,10 +209,10 @@ def serve_until_signal(settings: ServiceSettings, ready: Any = None) -> None:
         stop.wait()
 
 
-def _require_loopback(bind: str) -> None:
-    host = bind.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if not (host == "localhost" or host == "::1" or host.startswith("127.")):
-        raise SourceBusy(
-            f"refusing to listen on {bind}: without tokens and encryption only loopback is safe; "
-            "use tcp://127.0.0.1:PORT and an ssh tunnel"
-        )
+@contextmanager
+def _closing_on_error(stack: ExitStack) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stack.close()
+        raise

@@ -2,14 +2,15 @@
 
 import logging
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from storage.errors import NearlineError, StaleLease
+from storage.errors import Interrupted, NearlineError, StaleLease
 from storage.frame import FrameInfo, RawFrame
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
@@ -17,6 +18,7 @@ from storage.states import StreamLedger
 from storage.stream_source import LeasedFrame, StreamStatus
 from streaming import wire
 from streaming.client import Client, Connection
+from streaming.payload import split_payload
 
 __all__ = ["ServiceSource"]
 
@@ -25,8 +27,13 @@ log = logging.getLogger("nearline.client")
 # Longest single wait; a longer one is a repeated request, so that a vanished service is noticed.
 _WAIT_SLICE_S = 10.0
 # Frames leased at a time at most, when they are done quickly.
-_MOST_LEASED = 16
+_MOST_LEASED = 512
+# A batch done within this time is small: the next may be twice as many.
+_QUICK_S = 0.25
+_ACKNOWLEDGE_S = 0.05
 _GIVE_BACK_S = 2.0
+# What an answer may take beyond the time that was asked for.
+_ANSWER_S = 30.0
 
 
 class ServiceSource:
@@ -58,21 +65,24 @@ class ServiceSource:
         return []
 
     def read_one(self, frame_index: int) -> RawFrame:
-        request = wire.Read(id=0, stream=self._ref, start=frame_index, stop=frame_index + 1, exact=True)
-        return self._frames(*self._client.connection.ask_frames(request))[0]
+        return self.read_parts(frame_index)[0]
 
     def read_parts(self, frame_index: int) -> list[RawFrame]:
         request = wire.Read(id=0, stream=self._ref, start=frame_index, stop=frame_index + 1, exact=True)
         return self._frames(*self._client.connection.ask_frames(request))
 
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
-        while frames := self.read(start, stop):
-            yield from (frame.info for frame in frames)
-            start = frames[-1].info.frame_index + 1
+        while start < stop:
+            request = wire.Read(id=0, stream=self._ref, start=start, stop=stop, rows_only=True)
+            reply, _ = self._client.connection.ask(request)
+            yield from reply.infos
+            if reply.next <= start:
+                return
+            start = reply.next
 
-    def latest(self, after: int, timeout: float | None) -> RawFrame | None:
+    def latest(self, after: int, timeout: float | None, group: str | None = None) -> RawFrame | None:
         for slice_s in _slices(timeout):
-            request = wire.Latest(id=0, stream=self._ref, after=after, timeout_s=slice_s)
+            request = wire.Latest(id=0, stream=self._ref, after=after, group=group, timeout_s=slice_s)
             reply, blobs = self._client.connection.ask_frames(request)
             if reply.infos:
                 return self._frames(reply, blobs)[0]
@@ -100,12 +110,46 @@ class ServiceSource:
         content = self._client.connection.ask_json(wire.GetLedger(id=0, stream=self._ref))
         return StreamLedger.model_validate(content)
 
-    def follow_group(self, group: str, timeout: float | None, lease_s: float = 60.0) -> Iterator[LeasedFrame]:
-        connection = self._client.new_connection()
+    def follow_group(
+        self,
+        group: str,
+        timeout: float | None,
+        lease_s: float = 60.0,
+        *,
+        stop: threading.Event | None = None,
+        max_deliveries: int | None = None,
+    ) -> Iterator[LeasedFrame]:
+        member = _Member(self._client.new_connection(stop), self._ref, group, lease_s, max_deliveries)
         try:
-            yield from self._follow_group(connection, group, timeout, lease_s)
+            while leased := member.next(timeout):
+                yield from member.work_through(self._with_header(leased))
+        except Interrupted:
+            return
         finally:
-            connection.close()
+            member.leave()
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        """The consumer groups of the stream: where each is, who has what, dead letters."""
+        content: dict[str, dict[str, Any]] = self._client.connection.ask_json(wire.GetGroups(id=0, stream=self._ref))
+        return content
+
+    def seek_group(self, group: str, frame_index: int) -> dict[str, Any]:
+        """Put a group's cursor on a frame; the group then."""
+        request = wire.SeekGroup(id=0, stream=self._ref, group=group, frame_index=frame_index)
+        content: dict[str, Any] = self._client.connection.ask_json(request)
+        return content
+
+    def settle_dead_letters(
+        self, group: str, action: Literal["retry", "drop"], indices: list[int] | None = None
+    ) -> list[int]:
+        """Deliver dead letters again, or give them up; all, or these. The frames concerned."""
+        request = wire.DeadLetters(id=0, stream=self._ref, group=group, action=action, indices=indices)
+        return list(self._client.connection.ask_json(request)["indices"])
+
+    def _with_header(self, leased: list[LeasedFrame]) -> list[LeasedFrame]:
+        if leased and not self._is_header_final:
+            self._take_final_header()
+        return leased
 
     def _frames(self, reply: wire.Frames, blobs: list[Any]) -> list[RawFrame]:
         if reply.infos and not self._is_header_final:
@@ -120,69 +164,151 @@ class ServiceSource:
         self.header = StreamHeader.model_validate(run["streams"][self.header.data_source])
         self._is_header_final = True
 
-    def _follow_group(
-        self, connection: Connection, group: str, timeout: float | None, lease_s: float
-    ) -> Iterator[LeasedFrame]:
-        member = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
-        n_frames = 1
-        while True:
-            reply, blobs = self._next(connection, group, member, timeout, n_frames, lease_s)
-            received = time.monotonic()
-            leased = [
-                LeasedFrame(frame, lease, delivery)
-                for frame, lease, delivery in zip(
-                    self._frames(reply, blobs), reply.leases, reply.deliveries, strict=True
-                )
-            ]
-            if not leased:
-                return
-            held = {frame.frame.info.frame_index: frame.lease for frame in leased}
-            try:
-                for frame in leased:
-                    yield frame
-                    # Only now has the loop come back: the frame is done.
-                    index = frame.frame.info.frame_index
-                    self._acknowledge(connection, group, {index: held[index]})
-                    del held[index]
-            finally:
-                # The loop was left: others get at once what this member holds.
-                if held:
-                    self._give_back(connection, group, held)
-            # All frames of an answer are leased from the same moment: take no more than are done well within it.
-            is_quick = time.monotonic() - received < lease_s / 20
-            n_frames = min(2 * n_frames, _MOST_LEASED) if is_quick else max(n_frames // 2, 1)
 
-    def _next(
-        self, connection: Connection, group: str, member: str, timeout: float | None, n_frames: int, lease_s: float
-    ) -> tuple[Any, list[Any]]:
+class _Member:
+    """One member of a group: asks for the next frames while it works on those it has.
+
+    Acknowledgements are sent without waiting for an answer, together, at most 50 ms late.
+    """
+
+    def __init__(
+        self, connection: Connection, ref: wire.StreamRef, group: str, lease_s: float, max_deliveries: int | None
+    ) -> None:
+        self._connection, self._ref, self._group, self._lease_s = connection, ref, group, lease_s
+        self._max_deliveries = max_deliveries
+        self._name = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
+        self._n_frames = 1
+        self._is_quick = False
+        self._slice_s = _WAIT_SLICE_S
+        self._ahead: int | None = None
+        self._done: list[tuple[int, int]] = []
+        self._acknowledged_at = time.monotonic()
+        self._unanswered: list[int] = []
+        # Frames given to this member by number of their lease; several rows are parts of one frame.
+        self._held: dict[int, LeasedFrame] = {}
+
+    def next(self, timeout: float | None) -> list[LeasedFrame]:
+        """The next frames; none at the end of the stream, or at the time-out."""
+        self._slice_s = next(_slices(timeout))
         for slice_s in _slices(timeout):
-            request = wire.NextFrames(
-                id=0,
-                stream=self._ref,
-                group=group,
-                member=member,
-                max_frames=n_frames,
-                lease_s=lease_s,
-                timeout_s=slice_s,
-            )
-            reply, blobs = connection.ask_frames(request)
-            if reply.infos or reply.is_end:
+            number = self._ahead if self._ahead is not None else self._ask(slice_s)
+            self._ahead = None
+            reply, parts = self._connection.wait(number, _WAIT_SLICE_S + _ANSWER_S)
+            if reply.infos:
+                return self._lease(reply, split_payload(reply.infos, parts))
+            if reply.is_end:
                 break
-        return reply, blobs
+        return []
 
-    def _acknowledge(self, connection: Connection, group: str, leases: dict[int, int]) -> None:
-        request = wire.Acknowledge(id=0, stream=self._ref, group=group, leases=list(leases.items()))
+    def work_through(self, leased: list[LeasedFrame]) -> Iterator[LeasedFrame]:
+        """Give the frames out; each is done when the loop comes back for the next."""
+        received = time.monotonic()
+        if self._is_quick:
+            # The next ones travel while these are worked on.
+            self._ahead = self._ask(self._slice_s)
+        for frame in leased:
+            frame.is_seen = True
+            yield frame
+            self._settle(frame)
+        self._acknowledge()
+        # All frames of an answer are leased from the same moment: take no more than are done well within it.
+        seconds = time.monotonic() - received
+        self._is_quick = seconds < min(self._lease_s / 20, _QUICK_S)
+        self._n_frames = min(2 * self._n_frames, _MOST_LEASED) if self._is_quick else max(self._n_frames // 2, 1)
+
+    def leave(self) -> None:
+        """Others get at once what this member holds, also what is on its way to it."""
         try:
-            connection.ask(request)
+            self._connection.stop = None
+            self._acknowledge(leaves=True)
+            if self._ahead is not None:
+                reply, parts = self._connection.wait(self._ahead, _GIVE_BACK_S)
+                self._lease(reply, split_payload(reply.infos, parts))
+            self._give_back(list(self._held.values()), 0.0)
+            for number in self._unanswered:
+                self._connection.wait(number, _GIVE_BACK_S)
         except StaleLease as error:
-            log.warning("%s", error)  # somebody else gets the frame now: nothing is lost
-
-    def _give_back(self, connection: Connection, group: str, leases: dict[int, int]) -> None:
-        request = wire.Acknowledge(id=0, stream=self._ref, group=group, leases=list(leases.items()), give_back=True)
-        try:
-            connection.ask(request, timeout=_GIVE_BACK_S)
+            log.warning("%s", error)
         except NearlineError as error:
             log.warning("could not give back leased frames, their leases will run out: %s", error)
+        finally:
+            self._connection.close()
+
+    def _lease(self, reply: wire.Frames, blobs: list[Any]) -> list[LeasedFrame]:
+        leased: dict[int, LeasedFrame] = {}
+        for info, blob, lease, delivery in zip(reply.infos, blobs, reply.leases, reply.deliveries, strict=True):
+            raw = RawFrame(info, blob)
+            if lease in leased:
+                leased[lease].more_parts.append(raw)
+            else:
+                leased[lease] = LeasedFrame(raw, lease, delivery)
+        self._held.update(leased)
+        return list(leased.values())
+
+    def _ask(self, timeout_s: float) -> int:
+        done, self._done = self._done, []
+        for _, lease in done:
+            self._held.pop(lease, None)
+        return self._connection.send(
+            wire.NextFrames(
+                id=0,
+                stream=self._ref,
+                group=self._group,
+                member=self._name,
+                max_frames=self._n_frames,
+                lease_s=self._lease_s,
+                timeout_s=timeout_s,
+                done=done,
+                max_deliveries=self._max_deliveries,
+            )
+        )
+
+    def _settle(self, frame: LeasedFrame) -> None:
+        if frame.retry_after_s is not None:
+            self._give_back([frame], frame.retry_after_s)
+            return
+        self._done.append((frame.frame.info.frame_index, frame.lease))
+        if time.monotonic() - self._acknowledged_at > _ACKNOWLEDGE_S:
+            self._acknowledge()
+
+    def _acknowledge(self, *, leaves: bool = False) -> None:
+        self._acknowledged_at = time.monotonic()
+        self._read_answers()
+        if not self._done and not leaves:
+            return
+        done, self._done = self._done, []
+        for _, lease in done:
+            self._held.pop(lease, None)
+        request = wire.Acknowledge(id=0, stream=self._ref, group=self._group, leases=done, leaves=leaves)
+        self._unanswered.append(self._connection.send(request))
+
+    def _give_back(self, frames: list[LeasedFrame], delay_s: float) -> None:
+        """The frame in hand has been looked at; those behind it have not."""
+        for is_seen in (True, False):
+            leases = [(f.frame.info.frame_index, f.lease) for f in frames if f.is_seen == is_seen]
+            if leases:
+                request = wire.Acknowledge(
+                    id=0,
+                    stream=self._ref,
+                    group=self._group,
+                    leases=leases,
+                    give_back=True,
+                    delay_s=delay_s,
+                    unseen=not is_seen,
+                )
+                self._unanswered.append(self._connection.send(request))
+        for frame in frames:
+            self._held.pop(frame.lease, None)
+
+    def _read_answers(self) -> None:
+        """Refused acknowledgements are worth a word: somebody else gets the frame now, nothing is lost."""
+        self._connection.pump(0.0)
+        for number in [n for n in self._unanswered if self._connection.has_answer(n)]:
+            self._unanswered.remove(number)
+            try:
+                self._connection.take(number)
+            except StaleLease as error:
+                log.warning("%s", error)
 
 
 def _slices(timeout: float | None) -> Iterator[float]:

@@ -8,6 +8,9 @@ is an answer, or at the time-out with what there is.
 Payloads: ``Frames.infos`` says how long each frame's bytes are; frames travel in parts of their
 own, or, when all of them together are small, glued in one part.
 
+A connection begins with `Hello`: protocol, token and window; everything else is refused before.
+`Welcome.session` is the service's life: another one on a later connection means that it was restarted.
+
 Credit: each request says how many bytes of answers its client has taken in since its hello; the
 service sends frames within the client's window beyond that. A client that asks on without
 reading gets no further answers once its window, or 64 of them, are under way; at most 16 of its
@@ -28,12 +31,17 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "PROTOCOL",
     "WINDOW_BYTES",
+    "AckLevel",
     "Acknowledge",
+    "AddEvent",
     "ChunkReply",
+    "DeadLetters",
     "Done",
     "Failure",
     "FinishStream",
     "Frames",
+    "GetEvents",
+    "GetGroups",
     "GetLedger",
     "GetPlane",
     "GetStatus",
@@ -49,8 +57,11 @@ __all__ = [
     "Read",
     "Reply",
     "Request",
+    "SayHello",
+    "SeekGroup",
     "StartRun",
     "StartStream",
+    "StopRun",
     "StreamRef",
     "Wait",
     "WaitChunk",
@@ -60,12 +71,15 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5600"
 WINDOW_BYTES = 128 << 20
 GLUE_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 64 << 20
+
+
+AckLevel = Literal["buffered", "stored", "durable"]
 
 
 class StreamRef(msgspec.Struct, frozen=True, array_like=True):
@@ -88,10 +102,11 @@ class Request(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Hello(Request):
-    """First message of a connection."""
+    """First message of a connection; ``token`` where the service asks for one."""
 
     protocol: int
     window_bytes: int = WINDOW_BYTES
+    token: str | None = None
 
 
 class ListRuns(Request):
@@ -116,7 +131,8 @@ class Wait(Request):
 class Read(Request):
     """Stored frames of ``start <= frame_index < stop``, up to ``max_bytes`` but at least one.
 
-    With ``exact`` a single frame is meant, and its absence is an error that says why.
+    With ``exact`` a single frame is meant, and its absence is an error that says why. With
+    ``rows_only`` the rows come without the frames' bytes.
     """
 
     stream: StreamRef
@@ -124,18 +140,24 @@ class Read(Request):
     stop: int
     max_bytes: int = 32 << 20
     exact: bool = False
+    rows_only: bool = False
 
 
 class Latest(Request):
-    """The newest stored frame above ``after``."""
+    """The newest stored frame above ``after``; with a group, each only once for all its members."""
 
     stream: StreamRef
     after: int = -1
+    group: str | None = None
     timeout_s: float = 0.0
 
 
 class NextFrames(Request):
-    """Frames leased to a member of a group for ``lease_s``; `Acknowledge` says that they are done."""
+    """Frames leased to a member of a group for ``lease_s``; ``done`` are (frame_index, lease) of earlier ones.
+
+    ``max_deliveries`` is the group's, set by whoever asks first: a frame given out so often
+    without being acknowledged becomes a dead letter.
+    """
 
     stream: StreamRef
     group: str
@@ -144,15 +166,48 @@ class NextFrames(Request):
     max_bytes: int = 32 << 20
     lease_s: float = 60.0
     timeout_s: float = 0.0
+    done: list[tuple[int, int]] = []
+    max_deliveries: int | None = None
 
 
 class Acknowledge(Request):
-    """(frame_index, lease) pairs that are done, or given back."""
+    """(frame_index, lease) pairs that are done, or given back.
+
+    A frame given back is delivered again after ``delay_s``; with ``unseen`` nobody has looked at
+    it, and the delivery does not count. A client that ``leaves`` has what it still waits for
+    answered at once.
+    """
 
     stream: StreamRef
     group: str
     leases: list[tuple[int, int]]
     give_back: bool = False
+    delay_s: float = 0.0
+    unseen: bool = False
+    leaves: bool = False
+
+
+class GetGroups(Request):
+    """The consumer groups of a stream: where each is, who has what, dead letters."""
+
+    stream: StreamRef
+
+
+class SeekGroup(Request):
+    """Put a group's cursor on a frame: what is behind it is delivered again, what is before is skipped."""
+
+    stream: StreamRef
+    group: str
+    frame_index: int
+
+
+class DeadLetters(Request):
+    """Dead letters of a group: deliver them again (``retry``) or give them up (``drop``); all, or these."""
+
+    stream: StreamRef
+    group: str
+    action: Literal["retry", "drop"]
+    indices: list[int] | None = None
 
 
 class WaitChunk(Request):
@@ -177,32 +232,79 @@ class GetStatus(Request):
 
 
 class StartRun(Request):
+    """A new run; the next free number if none is given.
+
+    ``request_key`` makes repeating safe: a run that was started with it is answered again. With
+    ``is_open`` detector series of this experiment go into this run until `StopRun`.
+    """
+
     experiment: str
     run: int | None = None
     sample: str | None = None
     user_data: dict[str, Any] = {}
+    request_key: str | None = None
+    is_open: bool = False
+
+
+class StopRun(Request):
+    """The end of a run that was started with ``is_open``; answered when its streams have ended."""
+
+    experiment: str
+    run: int
+    aborted: str | None = None
+
+
+class AddEvent(Request):
+    """A fact about a run, such as a ``comment`` or ``metadata``; appended, never changed."""
+
+    experiment: str
+    run: int
+    kind: str
+    payload: dict[str, Any]
+
+
+class GetEvents(Request):
+    """The facts about a run in order, of one kind or all."""
+
+    experiment: str
+    run: int
+    kind: str | None = None
 
 
 class StartStream(Request):
-    """A new stream; ``header`` is a StreamHeader as JSON. Payload: the pixel mask as raw uint32, or nothing."""
+    """A new stream, or one more producer for it; ``header`` is a StreamHeader as JSON.
+
+    Payload: the pixel mask as raw uint32, or nothing. The stream ends when every ``producer``
+    that has started it has finished it.
+    """
 
     header: bytes
+    producer: str = ""
 
 
 class PutFrames(Request):
-    """Frames of a producer, answered when each has reached ``ack`` (``buffered`` or ``stored``)."""
+    """Frames of a producer, answered when each has reached ``ack``.
+
+    A row with ``frame_index`` −1 gets the next free index. A row whose ``producer`` and
+    ``sequence`` have been stored already is answered with the index it has.
+    """
 
     stream: StreamRef
     infos: list[FrameInfo]
-    ack: Literal["buffered", "stored"] = "stored"
+    ack: AckLevel = "stored"
 
 
 class FinishStream(Request):
-    """The end of a producer's stream; ``aborted`` says why when it is not a regular one."""
+    """The end of a producer's part in a stream; ``aborted`` says why when it is not a regular one.
+
+    ``next_run`` tells readers where the experiment goes on.
+    """
 
     stream: StreamRef
     announced: int = 0
     aborted: str | None = None
+    producer: str = ""
+    next_run: int | None = None
 
 
 class Reply(msgspec.Struct, tag=True, kw_only=True):
@@ -210,8 +312,16 @@ class Reply(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Welcome(Reply):
+    """``session`` names this life of the service; ``features`` what it can do beyond the protocol's minimum."""
+
     protocol: int
     service: str
+    session: str = ""
+    features: list[str] = []
+
+
+class SayHello(Reply):
+    """The service does not know this client: it has been restarted, mostly. Say hello, then ask again."""
 
 
 class JsonReply(Reply):
@@ -245,8 +355,13 @@ class PlaneReply(Reply):
 
 
 class PutReply(Reply):
-    """What became of each frame, in the order sent: stored, duplicate, late, conflict, failed or buffered."""
+    """What became of each frame, in the order sent, and under which index.
 
+    ``kept`` (it has reached the level asked for), ``duplicate``, ``late`` (kept in an amendment
+    segment), ``conflict`` or ``failed``.
+    """
+
+    indices: list[int]
     outcomes: list[str]
 
 
@@ -262,10 +377,11 @@ class Failure(Reply):
 
 
 _REQUESTS = (
-    Hello | ListRuns | OpenRun | Wait | Read | Latest | NextFrames | Acknowledge | WaitChunk
-    | GetPlane | GetLedger | GetStatus | StartRun | StartStream | PutFrames | FinishStream
+    Hello | ListRuns | OpenRun | Wait | Read | Latest | NextFrames | Acknowledge | GetGroups | SeekGroup
+    | DeadLetters | WaitChunk | GetPlane | GetLedger | GetStatus | StartRun | StopRun | AddEvent | GetEvents
+    | StartStream | PutFrames | FinishStream
 )  # fmt: skip
-_REPLIES = Welcome | JsonReply | Frames | ChunkReply | PlaneReply | PutReply | Done | Failure
+_REPLIES = Welcome | SayHello | JsonReply | Frames | ChunkReply | PlaneReply | PutReply | Done | Failure
 _request_decoder = msgspec.msgpack.Decoder(_REQUESTS)
 _reply_decoder = msgspec.msgpack.Decoder(_REPLIES)
 encode = msgspec.msgpack.Encoder().encode

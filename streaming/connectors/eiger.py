@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from pydantic import ValidationError
 
 from storage.errors import BadFrame, BadMessage, BadName, NearlineError
 from storage.frame import FrameInfo
@@ -99,6 +100,9 @@ class EigerConnector(threading.Thread):
                 self._end(message)
         except NearlineError as error:
             self._reject_message(str(error))
+        except ValidationError as error:
+            why = "; ".join(problem["msg"] for problem in error.errors())
+            self._reject_message(f"a start message that cannot be meant: {why}")
         except Exception:
             log.exception("%s: a message could not be handled and was left out", self.data_source)
             self._reject_message("internal error")
@@ -127,14 +131,17 @@ class EigerConnector(threading.Thread):
         """A new header without an end message of the series before: the detector was restarted."""
         self._pending = None
         for stream in self._mine():
-            self._recorder.finish_stream(stream, aborted="a new series began without an end message")
+            for part in [p for p in stream.series if not p.is_ended]:
+                part.is_ended = True
+                if self._recorder.open_run(stream.header.experiment) is None:
+                    self._recorder.finish_stream(stream, aborted="a new series began without an end message")
 
     def _series(self, series_unique_id: str | None, series_id: int) -> list[LiveStream]:
         """Open streams of a series of this detector; another one may count its series alike."""
         return [s for s in self._recorder.find_series(series_unique_id, series_id) if self._is_mine(s)]
 
     def _mine(self) -> list[LiveStream]:
-        is_open = (s for s in self._recorder.streams() if not s.store.is_finished and s.header.series is not None)
+        is_open = (s for s in self._recorder.streams() if s.is_open and s.header.series is not None)
         return [s for s in is_open if s.header.parent is None and self._is_mine(s)]
 
     def _is_mine(self, stream: LiveStream) -> bool:
@@ -161,14 +168,34 @@ class EigerConnector(threading.Thread):
             )
             for channel, (shape, dtype, codec) in arrays.items()
         }
-        folder = self._start_run(_wish(message.user_data), user_data)
+        opened = self._recorder.open_run(_wish(message.user_data).get("experiment") or self._experiment)
+        folder = opened or self._start_run(_wish(message.user_data), user_data)
         for channel, header in headers.items():
+            if opened and self._continue(folder, header, message):
+                continue
+            # How many frames a run of several series will have is not known.
+            planned = 0 if opened else header.planned
+            update = {"experiment": folder.header.experiment, "run": folder.header.run, "planned": planned}
             self._recorder.start_stream(
                 folder,
-                header.model_copy(update={"experiment": folder.header.experiment, "run": folder.header.run}),
+                header.model_copy(update=update),
                 pixel_mask=_fitting(message.pixel_masks.get(channel), header.shape),
                 flatfield=_fitting(message.flatfields.get(channel), header.shape),
             )
+
+    def _continue(self, folder: RunFolder, header: StreamHeader, message: StartMessage) -> bool:
+        """Append the series to the stream of an earlier one in the same run, if frames are of the same kind."""
+        stream = self._recorder.find((folder.header.experiment, folder.header.run, header.data_source))
+        if stream is None:
+            return False
+        if (stream.header.shape, stream.header.dtype) != (header.shape, header.dtype):
+            raise BadMessage(
+                f"series {message.series.series_id} has {header.dtype} frames of {header.shape}, but run "
+                f"{folder.header.experiment}/{folder.header.run} holds {stream.header.dtype} {stream.header.shape}; "
+                "stop the run before the detector is set up differently"
+            )
+        self._recorder.continue_stream(stream, message.series)
+        return True
 
     def _start_run(self, wish: dict[str, Any], user_data: dict[str, Any]) -> RunFolder:
         """The run that the header appendix asks for; else the next free one: frames are not given up for a name."""
@@ -190,7 +217,9 @@ class EigerConnector(threading.Thread):
         if not streams:
             raise BadMessage(f"end of series {message.series_id}, which is not being recorded")
         for stream in streams:
-            self._recorder.finish_stream(stream)
+            part = stream.find_series(message.series_unique_id, message.series_id)
+            if part is not None and not part.is_ended:
+                self._recorder.end_series(stream, part)
 
     # ---- frames ---------------------------------------------------------------------------------
 
@@ -215,8 +244,12 @@ class EigerConnector(threading.Thread):
         """Queue one array; one that contradicts its header is rejected by index, with the reason."""
         if array.codec != stream.header.codec and not stream.submitted and not stream.store.states.announced:
             stream.store.change_codec(array.codec)
+        if not stream.is_open:
+            raise BadMessage(f"image {message.image_id} of series {message.series_id} after the series had ended")
         header = stream.header
         info = _frame_info(message)
+        part = stream.find_series(message.series_unique_id, message.series_id)
+        info.frame_index += part.offset if part else 0
         try:
             if array.shape != header.shape or array.dtype != header.dtype or array.codec != header.codec:
                 raise BadFrame(
@@ -228,7 +261,7 @@ class EigerConnector(threading.Thread):
                 if self._stopping.is_set():
                     return
         except BadFrame as error:
-            if 0 <= info.frame_index < self._recorder.index_limit(stream):
+            if 0 <= info.frame_index < stream.index_limit:
                 self._recorder.reject(stream, info.frame_index, str(error))
             raise
         self.is_paused = False

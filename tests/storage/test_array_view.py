@@ -15,7 +15,7 @@ from .test_codec import hdf5_lz4
 def test_frames_holes_and_slices(codec, dtype):
     asked = []
 
-    def read_blob(index):
+    def read_blob(index, part):
         asked.append(index)
         array = pixels(index, dtype)
         return None if index == 5 else hdf5_lz4(array) if codec == "lz4" else encode(array, codec)
@@ -33,15 +33,15 @@ def test_frames_holes_and_slices(codec, dtype):
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4, 5)], ids=str)
 def test_other_dimensions(shape):
     header = new_header(shape=shape, dtype="float32", codec="raw")
-    view = open_view(header, 0, 3, lambda i: np.full(shape, i, "f4").tobytes())
+    view = open_view(header, 0, 3, lambda i, _: np.full(shape, i, "f4").tobytes())
     assert np.array_equal(view[:], np.stack([np.full(shape, i, "f4") for i in range(3)]))
 
 
 def test_empty():
-    assert open_view(new_header(), 2, 2, lambda i: b"").shape == (0, *SHAPE)
+    assert open_view(new_header(), 2, 2, lambda i, _: b"").shape == (0, *SHAPE)
 
 
 def test_read_only():
-    view = open_view(new_header(), 0, 2, lambda i: encode(pixels(i)))
+    view = open_view(new_header(), 0, 2, lambda i, _: encode(pixels(i)))
     with pytest.raises((PermissionError, ValueError)):
         view[0] = 1

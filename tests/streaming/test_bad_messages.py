@@ -171,6 +171,9 @@ class Attacker:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.set(zmq.LINGER, 0)
         self.socket.connect(address)
+        self.send([wire.encode(wire.Hello(id=0, protocol=wire.PROTOCOL))])
+        assert self.socket.poll(5000), "the service did not welcome an attacker"
+        self.socket.recv_multipart()
 
     def __enter__(self) -> "Attacker":
         return self
@@ -304,7 +307,7 @@ def test_waiting_clients_cost_no_processor_time(tmp_path):
 
 def test_many_clients_are_forgotten(tmp_path, monkeypatch):
     monkeypatch.setattr("streaming.server._KEEP_CLIENTS", 20)
-    monkeypatch.setattr("streaming.server._KEEP_GROUPS", 5)
+    monkeypatch.setattr("streaming.handlers.desk._KEEP_GROUPS", 5)
     with serving(tmp_path) as service, producing(service.address) as out:
         out.send(pixels(0))
         for n in range(60):
@@ -314,4 +317,4 @@ def test_many_clients_are_forgotten(tmp_path, monkeypatch):
         time.sleep(0.2)
         out.send(pixels(1))
         assert len(service._server._clients) <= 20
-        assert len(service._server._groups) <= 5
+        assert len(service._server.desk.groups) <= 5

@@ -193,12 +193,12 @@ def test_two_processes_share_all_frames_exactly_once(tmp_path):
     with serving(tmp_path) as service, producing(service.address) as out:
         out.send_many([(i, pixels(i), {}) for i in range(50)])
         members = [member(service.address) for _ in range(2)]
-        for index in range(50, 150):
+        for index in range(50, 350):
             out.send(pixels(index))
             time.sleep(0.01)
         out.finish()
         shares = [said_by(m) for m in members]
-    assert sorted(itertools.chain(*shares)) == [(i, 1) for i in range(150)]
+    assert sorted(itertools.chain(*shares)) == [(i, 1) for i in range(350)]
     assert all(share == sorted(share) for share in shares), "rising order within a member"
     assert all(shares), "both had work"
 

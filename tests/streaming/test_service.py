@@ -22,11 +22,13 @@ from streaming.client import Client
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.service import Service
+from streaming.wire import ListRuns
 
 from .harness import (
     ServiceProcess,
     arm,
     blob,
+    connected,
     detector,
     pixels,
     producing,
@@ -347,7 +349,9 @@ def test_two_series_are_two_runs(tmp_path):
         assert stored(second["eiger"]) == expected(range(5))
         assert (first.state, second.state) == (RunState.completed, RunState.incomplete)
         assert second["eiger"].ledger().planned == 8
-        assert [row.run for row in service.recorder.catalog.runs("lyso")] == [1, 2]
+        with connected(service.address) as connection:
+            listed = wait_for(lambda: connection.ask_json(ListRuns(id=0, experiment="lyso")))
+        assert [row["run"] for row in listed] == [1, 2]
 
 
 def test_start_without_end_aborts_the_series_before(tmp_path):
@@ -481,6 +485,6 @@ def test_service_needs_nothing_but_its_folder(tmp_path):
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "[]"
     with serving(tmp_path) as service:
-        service.recorder.catalog.record = lambda *a: (_ for _ in ()).throw(OSError("catalog is away"))
+        service._catalog.record = lambda *a: (_ for _ in ()).throw(OSError("catalog is away"))
         record_run(service.address, range(4))
         assert len(open_run(f"{service.address}/lyso/1")["eiger"]) == 4

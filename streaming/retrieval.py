@@ -89,8 +89,8 @@ class Frame:
 
     @property
     def is_late(self) -> bool:
-        """Whether it came after its chunk had been sealed without it."""
-        return self._raw.info.late
+        """Whether it, or a part of it, came after its chunk had been sealed without it."""
+        return any(raw.info.late for raw in self._raws)
 
     @property
     def is_complete(self) -> bool:

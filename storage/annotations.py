@@ -35,6 +35,7 @@ __all__ = [
     "FolderAnnotations",
     "Scalar",
     "Statement",
+    "accept_batch",
     "batch_from_csv",
     "make_batch",
 ]
@@ -134,7 +135,7 @@ class Annotations:
         BadAnnotation : a batch is damaged; the message names it.
         """
         after = self._batches[-1][0] if self._batches else 0
-        new = [(number, _decode(number, content)) for number, content in self._store.read_all(after)]
+        new = [(number, _read(number, content)) for number, content in self._store.read_all(after)]
         return Annotations(self._store, [*self._batches, *new])
 
     def add(self, batch: AnnotationBatch) -> int:
@@ -310,17 +311,37 @@ class _Where:
 _CSV_KEYS = (("frame_index",), ("start", "stop"), ("from", "to"))
 
 
+def accept_batch(content: bytes) -> AnnotationBatch:
+    """A batch that somebody else has encoded, held to the rules of `make_batch`.
+
+    Raises
+    ------
+    BadAnnotation : the message says what is wrong with it.
+    """
+    if len(content) > _MOST_BYTES:
+        raise BadAnnotation(f"annotations of {len(content)} bytes are more than {_MOST_BYTES}; send them in parts")
+    try:
+        batch = _decode(content)
+    except ValueError as error:
+        raise BadAnnotation(f"these bytes are no batch of annotations: {error}; make one with make_batch") from None
+    statements = [_checked(s.name, s.values, _Where(s.starts, s.stops)) for s in batch.statements]
+    _check_batch(statements, batch.data_source, batch.by)
+    return batch
+
+
 def _batch(key: Key, statements: list[Statement], data_source: str | None, by: str | None) -> AnnotationBatch:
+    who = by if by is not None else _this_user()
+    _check_batch(statements, data_source, who)
+    return AnnotationBatch(at=datetime.now(UTC), by=who, key=key, statements=statements, data_source=data_source)
+
+
+def _check_batch(statements: list[Statement], data_source: str | None, who: str) -> None:
     if data_source is not None:
         check_name(data_source, "data source")
     if len(statements) > _MOST_NAMES:
         raise BadAnnotation(f"{len(statements)} names in one batch are more than {_MOST_NAMES}; send them in parts")
-    who = by if by is not None else _this_user()
     if not who or len(who) > _LONGEST_TEXT:
-        raise BadAnnotation(
-            f"by={who[:50]!r} does not say who annotates; give a name of 1 to {_LONGEST_TEXT} characters"
-        )
-    return AnnotationBatch(at=datetime.now(UTC), by=who, key=key, statements=statements, data_source=data_source)
+        raise BadAnnotation(f"by={who[:50]!r} does not say who annotates; give at most {_LONGEST_TEXT} characters")
 
 
 def _this_user() -> str:
@@ -459,17 +480,22 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 # ---- reading them -------------------------------------------------------------------------------
 
 
-def _decode(number: int, content: bytes) -> AnnotationBatch:
+def _read(number: int, content: bytes) -> AnnotationBatch:
     try:
-        batch = msgspec.json.decode(content, type=AnnotationBatch)
-        for s in batch.statements:
-            if {len(s.values), len(s.starts if s.stops is None else s.stops)} != {len(s.starts)}:
-                raise ValueError(f"{s.name[:60]!r} has {len(s.values)} values for {len(s.starts)} frames or ranges")
-        return batch
-    except ValueError as error:  # msgspec's own errors are of this kind
+        return _decode(content)
+    except ValueError as error:
         raise BadAnnotation(
             f"annotations/{number:06d}.json of the run is damaged: {error}; restore it from a copy, or move it away"
         ) from None
+
+
+def _decode(content: bytes) -> AnnotationBatch:
+    """ValueError, as msgspec's own errors are, where values and frames do not match."""
+    batch = msgspec.json.decode(content, type=AnnotationBatch)
+    for s in batch.statements:
+        if {len(s.values), len(s.starts if s.stops is None else s.stops)} != {len(s.starts)}:
+            raise ValueError(f"{s.name[:60]!r} has {len(s.values)} values for {len(s.starts)} frames or ranges")
+    return batch
 
 
 def _state(values: np.ndarray, keys: np.ndarray, order: np.ndarray | None, statement: Statement) -> None:

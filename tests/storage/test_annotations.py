@@ -7,7 +7,15 @@ from datetime import UTC, datetime, timedelta, timezone
 import numpy as np
 import pytest
 
-from storage.annotations import AnnotationBatch, Annotations, FolderAnnotations, Statement, batch_from_csv, make_batch
+from storage.annotations import (
+    AnnotationBatch,
+    Annotations,
+    FolderAnnotations,
+    Statement,
+    accept_batch,
+    batch_from_csv,
+    make_batch,
+)
 from storage.errors import BadAnnotation, BadName
 
 INDEX = np.array([0, 1, 2, 5, 6, 9])
@@ -236,6 +244,49 @@ def test_a_damaged_batch_is_named(annotations, tmp_path, content):
     (tmp_path / "annotations" / "000002.json").write_bytes(content)
     with pytest.raises(BadAnnotation, match=r"annotations/000002\.json .*damaged.* restore"):
         annotations.refreshed()
+
+
+def test_a_batch_from_elsewhere_is_accepted_as_it_was_made():
+    batch = make_batch({"laser": True, "x": [1.5]}, frames=[3], data_source="eiger", by="alice")
+    assert accept_batch(batch.encode()) == batch
+
+
+HOSTILE = {
+    "name": {"name": "x; DROP TABLE y"},
+    "reserved": {"name": "frame_index"},
+    "huge number": {"values": [2**80]},
+    "mixed": {"starts": [1, 2], "values": [1, "a"]},
+    "long text": {"values": ["a" * 5000]},
+    "nested": {"values": [{"a": 1}]},
+    "empty range": {"stops": [1]},
+    "backwards": {"stops": [-5]},
+    "lengths": {"starts": [1, 2, 3]},
+    "path": {"data_source": "../../etc"},
+    "nobody": {"by": ""},
+    "key": {"key": "pulse"},
+    "many": {"starts": list(range(1_000_001)), "values": [1] * 1_000_001},
+    "names": {"statements": [{"name": f"x{i}", "starts": [1], "values": [1]} for i in range(300)]},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_batch_from_elsewhere_is_refused(change):
+    content = json.loads(make_batch({"x": 1}, frames=[1]).encode())
+    place = content if set(change) & set(content) else content["statements"][0]
+    place.update(change)
+    with pytest.raises((BadAnnotation, BadName)):
+        accept_batch(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=[str(c[-30:]) for c in DAMAGED])
+def test_bytes_that_are_no_batch_are_refused(content):
+    with pytest.raises(BadAnnotation, match="no batch of annotations"):
+        accept_batch(content)
+
+
+def test_too_large_a_batch_is_refused_before_it_is_read():
+    with pytest.raises(BadAnnotation, match="more than"):
+        accept_batch(b" " * ((64 << 20) + 1))
 
 
 def test_fields_of_a_newer_version_are_left_alone(annotations, tmp_path):

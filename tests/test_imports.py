@@ -20,8 +20,8 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import nearline", {"prefect", "h5py", "numba"}),
-        ("import nearline; nearline.open", {"prefect", "h5py", "numba"}),
+        ("import nearline", {"prefect", "h5py", "numba", "duckdb"}),
+        ("import nearline; nearline.open", {"prefect", "h5py", "numba", "duckdb"}),
         ("import storage, storage.stream_store, storage.step_store, storage.catalog", {"prefect", "h5py", "zmq"}),
         ("import streaming.service, streaming.producer, streaming.retrieval, streaming.derived", {"prefect", "h5py"}),
     ],

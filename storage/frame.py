@@ -83,9 +83,11 @@ def meta_bytes(meta: dict[str, Any]) -> int:
     if not meta:
         return 0
     try:
-        if not _FLAT.issuperset(map(type, meta.values())):
+        if _FLAT.issuperset(map(type, meta.values())):
+            size = len(_plain_json(meta))
+        else:
             _check_depth(meta, 0)
-        size = len(json.dumps(meta))
+            size = len(json.dumps(meta))
     except (TypeError, ValueError) as error:
         raise BadFrame(f"a frame's metadata must be plain JSON: {error}") from None
     if size > _LARGEST_META_BYTES:

@@ -43,6 +43,7 @@ _WINDOW_FRAMES = 8192
 # What a row counts in the window beside its bytes.
 _ROW_BYTES = 512
 _MOST_UNDER_WAY = 32
+_CHUNK_BYTES = 256 << 20
 _REFUSALS: dict[str, tuple[type[NearlineError], str]] = {
     "conflict": (IndexConflict, "exists already with other content; the first one is kept"),
     "failed": (StorageFull, "could not be written; the service's log says why"),
@@ -335,6 +336,7 @@ class RunProducer:
                 dtype="" if frame is None else frame.dtype.name,
                 codec=_codec_for(frame),
                 planned=self._planned,
+                frames_per_chunk=_frames_per_chunk(frame),
                 detector=DetectorHeader() if frame is not None and frame.ndim == 2 else None,
             )
         )
@@ -539,6 +541,13 @@ def _refusal(data_source: str, index: int, outcome: str) -> NearlineError | None
 
 def _as_array(frame: Any) -> Any:
     return np.asarray(frame) if isinstance(frame, _SCALARS) else frame
+
+
+def _frames_per_chunk(frame: Any) -> int:
+    """N of a stream whose rate nobody knows: about 256 MiB of arrays, 10 to 1000; rows by the ten thousand."""
+    if frame is None:
+        return 10_000
+    return int(min(max(_CHUNK_BYTES // max(frame.nbytes, 1), 10), 1000))
 
 
 def _codec_for(frame: Any) -> Literal["bslz4", "raw"]:

@@ -129,7 +129,8 @@ def publish_file(source: Path, path: Path) -> bool:
     try:
         os.link(source, path)
     except FileExistsError:
-        return path.samefile(source)
+        if not path.samefile(source):
+            return False
     sync_folder(path.parent)
     return True
 

@@ -112,16 +112,13 @@ class StoredFrames:
         ------
         FrameMissing, FrameNotYetAvailable, CorruptFrame
         """
-        # The state before the place: a stored frame is in a journal until its chunk is sealed.
-        if self.states[frame_index] not in READABLE:
-            raise missing_frame(self._header, self.states, frame_index, is_terminal=is_terminal)
-        return [self._read(slot) for slot in self._slots(frame_index)]
+        self._check_readable(frame_index, is_terminal=is_terminal)
+        return [self._read(slot) for slot in self._there(frame_index)]
 
     def read(self, frame_index: int, *, is_terminal: bool) -> RawFrame:
         """A frame, of which the first part that is there; errors as of `read_parts`."""
-        if self.states[frame_index] not in READABLE:
-            raise missing_frame(self._header, self.states, frame_index, is_terminal=is_terminal)
-        return self._read(frame_index if self._parts == 1 else self._slots(frame_index)[0])
+        self._check_readable(frame_index, is_terminal=is_terminal)
+        return self._read(self._there(frame_index)[0])
 
     def info(self, frame_index: int, part: int = 0) -> FrameInfo | None:
         """The row of a frame or part; None if it is not there."""
@@ -149,6 +146,21 @@ class StoredFrames:
         if journal is not None:
             return journal.infos
         return self.chunks.infos(chunk) if chunk in self.commits else {}
+
+    def _check_readable(self, frame_index: int, *, is_terminal: bool) -> None:
+        """To be asked before looking for the place: a stored frame is in a journal until its chunk is sealed."""
+        if self.states[frame_index] not in READABLE:
+            raise missing_frame(self._header, self.states, frame_index, is_terminal=is_terminal)
+
+    def _there(self, frame_index: int) -> list[int]:
+        """The slots of a frame that can be read, of which there must be some."""
+        slots = self._slots(frame_index)
+        if not slots:
+            raise CorruptFrame(
+                f"the parts of frame {frame_index} of {self._header.data_source} are gone from its chunk in "
+                f"{self._paths.zarr} and from {self._paths.amendments}; restore them from a copy or leave the frame out"
+            )
+        return slots
 
     def _read(self, slot: int) -> RawFrame:
         if slot in self.amendments:
@@ -191,6 +203,14 @@ class StoredFrames:
         """These frames have been given up."""
         for start, stop in account.ranges:
             self.states.account(start, stop, FrameState[account.state], account.cause)
+
+    def settle(self, accounts: Iterable[Account]) -> None:
+        """After a power loss: of what was given up as incomplete, that which lost the parts it had is missing."""
+        for account in accounts:
+            for start, stop in account.ranges if account.state == FrameState.incomplete.name else []:
+                for index in range(start, stop):
+                    if self.states[index] is FrameState.incomplete and not self._slots(index):
+                        self.states.set(index, index + 1, FrameState.missing, account.cause)
 
     def add_late(self, info: FrameInfo) -> None:
         """This frame or part of a sealed chunk is in an amendment now."""

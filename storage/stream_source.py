@@ -17,7 +17,7 @@ import numpy as np
 from storage.errors import CorruptFrame, FrameMissing, GroupNeedsService
 from storage.files import is_local
 from storage.frame import FrameInfo, RawFrame
-from storage.journal import Journal
+from storage.journal import Account, Journal
 from storage.masks import read_plane
 from storage.models import Record, RunState, StreamHeader
 from storage.run_folder import ChunkCommit, Event, RunFolder, has_writer
@@ -317,29 +317,30 @@ class FolderSource:
         # Asked before reading: a writer that stops in between leaves nothing behind unseen.
         is_written = has_writer(self._paths)
         finished = self.folder.finished(self.header.data_source)
-        if is_local(self._paths.journal):
-            self._look_into_journals(is_written=is_written)
+        accounts = self._look_into_journals(is_written=is_written) if is_local(self._paths.journal) else []
         new = [chunk for chunk in self._paths.commits() if chunk not in self._frames.commits]
         for commit in self._paths.read_commits(new):
             self._frames.adopt(commit)
+        self._frames.settle(accounts)
         self._look_into_amendments(is_written=is_written and not finished)
         if finished:
             self.states.announce(finished["announced"])
         # Last: if anything above fails, the next look takes it up again.
         self._finished, self._is_terminal = finished, finished is not None or not is_written
 
-    def _look_into_journals(self, *, is_written: bool) -> None:
-        self._look_into_accounts()
+    def _look_into_journals(self, *, is_written: bool) -> list[Account]:
+        accounts = self._look_into_accounts()
         for chunk, path in self._paths.journals():
             if chunk not in self._frames.commits:
                 self._look_into_journal(chunk, path, is_written=is_written)
+        return accounts
 
-    def _look_into_accounts(self) -> None:
+    def _look_into_accounts(self) -> list[Account]:
         try:
             there = os.stat(self._paths.accounts)
         except FileNotFoundError:  # there are none, or the commits say it all by now
             self._accounts = None
-            return
+            return []
         # Another file under that name holds the same accounts, without those of sealed chunks.
         if self._accounts is None or os.fstat(self._accounts.fd).st_ino != there.st_ino:
             self._accounts = Journal.view(self._paths.accounts, 0, 0)
@@ -350,6 +351,7 @@ class FolderSource:
             new = self._accounts.accounts[n_known:]
         for account in new:
             self._frames.account(account)
+        return new
 
     def _look_into_journal(self, chunk: int, path: Path, *, is_written: bool) -> None:
         journal = self._frames.journals.get(chunk)

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 import blake3
 import numpy as np
@@ -261,7 +262,7 @@ class StreamStore:
         replace(self.paths.frame_table(chunk), table)
         commit = self._commit_of(chunk, infos, table)
         if not publish(self.paths.commit(chunk), commit.model_dump_json(indent=1).encode()):
-            raise StreamOwned(f"{self.paths.commit(chunk)} was published by another service; this one stops writing it")
+            commit = self._published_before(commit)
         # In this order: whoever finds a chunk no longer in one place finds it in the next.
         self._frames.chunks.remember(chunk, infos)
         self.sealed[chunk] = commit
@@ -308,18 +309,19 @@ class StreamStore:
         self._amendments.seal(self.epoch)
         self._publish_length(is_synced=True)
         self._accounts.remove()
-        self.folder.add_event(
-            "stream_finished",
-            {
-                "data_source": self.header.data_source,
-                "announced": self.states.announced,
-                "duplicate": self.duplicate,
-                "late": self.states.count(FrameState.late),
-                "aborted": self.aborted,
-            },
-        )
+        if self.folder.finished(self.header.data_source) is None:
+            self.folder.add_event("stream_finished", self._end())
         # Last: on a full disk the end is tried again from the top.
         self.is_finished = True
+
+    def _end(self) -> dict[str, Any]:
+        return {
+            "data_source": self.header.data_source,
+            "announced": self.states.announced,
+            "duplicate": self.duplicate,
+            "late": self.states.count(FrameState.late),
+            "aborted": self.aborted,
+        }
 
     def finish(self, announced: int, cause: str, aborted: str | None = None) -> list[ChunkCommit]:
         """End the stream in this thread: `begin_finish`, seal what is left, `end_finish`."""
@@ -378,8 +380,10 @@ class StreamStore:
             self._lock_fd = -1
 
     def _make_folders(self) -> None:
-        for folder in (self.paths.frames, self.paths.chunks, self.paths.journal):
+        paths = self.paths
+        for folder in (paths.frames, paths.chunks, paths.journal):
             make_folder(folder)
+        for folder in (paths.frames, paths.chunks, paths.journal, paths.amendments, paths.zarr, paths.array):
             for aside in folder.glob(".*"):  # what a crash left of a file being written
                 aside.unlink()
         if self.header.kind == "frames" and not (self.paths.array / "zarr.json").exists():
@@ -397,16 +401,23 @@ class StreamStore:
             self._frames.adopt(commit)
             self._length = max(self._length, commit.stop)
             self._load_answers(chunk)
-        for account in self._accounts.recover():
+        accounts = list(self._accounts.recover())
+        for account in accounts:
             self._frames.account(account)
         for chunk, path in self.paths.journals():
             if chunk in self.sealed:
                 path.unlink()
                 continue
             journal = Journal.recover(path, chunk * size, size, self.header.parts)
+            if not journal.infos:
+                path.unlink()  # its frames were lost before they were durable; it may lie beyond the end by now
+                continue
             self._journals[chunk] = journal
             self._frames.add_rows(journal.infos.values())
             self._remember(journal.infos.values())
+        self._frames.settle(accounts)
+        # Before late frames are known: they are none of the chunk's.
+        self.take_complete()
         for info in self._amendments.recover():
             self._frames.add_late(info)
             self._remember([info])
@@ -500,6 +511,15 @@ class StreamStore:
             epoch=self.epoch,
             sealed_at=datetime.now(UTC),
         )
+
+    def _published_before(self, commit: ChunkCommit) -> ChunkCommit:
+        """The commit as it is there: of an attempt of ours, after which the disk refused something."""
+        path = self.paths.commit(commit.chunk)
+        there = self.paths.read_commit(commit.chunk)
+        if (there.epoch, there.digest, there.ranges) != (self.epoch, commit.digest, commit.ranges):
+            raise StreamOwned(f"{path} was published by another service; this one stops writing it")
+        sync_folder(path.parent)
+        return there
 
     def _publish_length(self, *, is_synced: bool) -> None:
         """Bring the Zarr array's length up to date; while the stream is open, recovery would write it again."""

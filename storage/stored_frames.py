@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from storage.amendments import Amendments
-from storage.errors import FrameMissing, FrameNotYetAvailable
+from storage.errors import CorruptFrame, FrameMissing, FrameNotYetAvailable
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_table import read_frame_table
 from storage.journal import Account, Journal

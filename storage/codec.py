@@ -19,23 +19,18 @@ the store adds a crc32c to every frame for that reason.
 
 import ctypes
 import math
-import os
 import struct
 from typing import Any
 
-# The bitshuffle wheel is built with OpenMP and would take every core from within each thread.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import bitshuffle.ext as _bitshuffle_ext
 import numpy as np
 
 from storage.errors import BadFrame
+from storage.kernels import HEAD_BYTES, kernels, library
 
 __all__ = ["CODECS", "HEAD_BYTES", "MOST_FRAME_BYTES", "Buffer", "check_blob", "decode", "decode_into", "encode"]
 
 Buffer = bytes | bytearray | memoryview
 CODECS = ("bslz4", "lz4", "raw")
-HEAD_BYTES = 12
 BLOCK_BYTES = 8192
 # HDF5's own limit for an LZ4 block; a larger declared block is a bad header, not a frame.
 _LARGEST_BLOCK_BYTES = 1 << 24
@@ -46,19 +41,14 @@ _LZ4_BEST_RATIO = 255
 _HEAD = struct.Struct(">QI")
 _LENGTH = struct.Struct(">I")
 
-# The C entry points behind `bitshuffle.compress_lz4`: called directly they decode into the
-# caller's buffer and let the GIL go, which the Python wrapper does not.
-_lib = ctypes.CDLL(_bitshuffle_ext.__file__)
 _size, _pointer = ctypes.c_size_t, ctypes.c_void_p
-_decompress = _lib.bshuf_decompress_lz4
-_compress = _lib.bshuf_compress_lz4
-_compress_bound = _lib.bshuf_compress_lz4_bound
-for _function in (_decompress, _compress):
-    _function.restype = ctypes.c_int64
-    _function.argtypes = [_pointer, _pointer, _size, _size, _size]
+_compress = library.bshuf_compress_lz4
+_compress.restype = ctypes.c_int64
+_compress.argtypes = [_pointer, _pointer, _size, _size, _size]
+_compress_bound = library.bshuf_compress_lz4_bound
 _compress_bound.restype = _size
 _compress_bound.argtypes = [_size, _size, _size]
-_lz4_decompress_safe = _lib.LZ4_decompress_safe
+_lz4_decompress_safe = library.LZ4_decompress_safe
 _lz4_decompress_safe.restype = ctypes.c_int
 _lz4_decompress_safe.argtypes = [_pointer, _pointer, ctypes.c_int, ctypes.c_int]
 
@@ -128,7 +118,7 @@ def decode_into(blob: Buffer, out: np.ndarray, codec: str = "bslz4", *, trusted:
         return out
     _, block_bytes = _HEAD.unpack_from(view.data)
     if codec == "bslz4":
-        _decode_bslz4(view, out, block_bytes)
+        kernels().decode_bslz4(view, out, block_bytes)
     else:
         _decode_lz4(view, out, block_bytes)
     return out
@@ -200,33 +190,10 @@ def _walk_blocks(view: np.ndarray, n_blocks: int, codec: str) -> int:
     size = view.nbytes
     if n_blocks * _LENGTH.size > size:
         raise BadFrame(f"{codec} frame of {size} bytes is too short for its {n_blocks} blocks")
-    at = end_of_blocks(view, HEAD_BYTES, n_blocks)
+    at = kernels().end_of_blocks(view, HEAD_BYTES, n_blocks)
     if at > size:
         raise BadFrame(f"{codec} frame of {size} bytes ends inside a block; the message was cut on its way")
     return at
-
-
-def _end_of_blocks(view: np.ndarray, at: int, n_blocks: int) -> int:
-    """Offset behind so many blocks from ``at`` on; one beyond the end if they do not fit."""
-    raw, unpack = view.data, _LENGTH.unpack_from
-    try:
-        for _ in range(n_blocks):
-            at += 4 + unpack(raw, at)[0]
-    except struct.error:
-        return view.nbytes + 1
-    return at
-
-
-# A service puts a compiled one here (`storage.block_walk`).
-end_of_blocks = _end_of_blocks
-
-
-def _decode_bslz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:
-    used = _decompress(
-        view.ctypes.data + HEAD_BYTES, out.ctypes.data, out.size, out.itemsize, block_bytes // out.itemsize
-    )
-    if used != view.nbytes - HEAD_BYTES:
-        raise BadFrame(f"bslz4 frame is damaged (bitshuffle returned {used} for {view.nbytes - HEAD_BYTES} bytes)")
 
 
 def _decode_lz4(view: np.ndarray, out: np.ndarray, block_bytes: int) -> None:

@@ -7,12 +7,12 @@ import json
 from typing import Annotated, Any
 
 import blake3
-import google_crc32c
 import msgspec
 import numpy as np
 
 from storage.codec import Buffer
 from storage.errors import BadFrame
+from storage.kernels import kernels
 
 __all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest", "meta_bytes", "meta_json"]
 
@@ -108,7 +108,7 @@ def blob_crc32c(blob: Buffer) -> int:
     """crc32c (Castagnoli) of the bytes, as Zarr's codec of that name computes it."""
     if not len(blob):
         return 0
-    return google_crc32c.value(np.frombuffer(blob, np.uint8))
+    return kernels().crc32c(np.frombuffer(blob, np.uint8))
 
 
 def blob_digest(blob: Buffer) -> bytes:

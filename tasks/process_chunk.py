@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.frame import RawFrame
+from storage.kernels import use_compiled_kernels
 from storage.masks import array_digest
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
@@ -66,6 +67,7 @@ def process_chunk(
     mask : (slow, fast), nonzero = do not use.
     run_folder : where ``steps/`` is.
     """
+    use_compiled_kernels()
     store = StepStore(run_folder)
     chunk = ChunkFrames(frames, header, mask, commit.digest, n_threads=n_threads)
     base = {

@@ -21,11 +21,15 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "absent"),
     [
         ("import nearline", {"prefect", "h5py", "numba", "duckdb"}),
-        ("import nearline; nearline.open", {"prefect", "h5py", "numba", "duckdb"}),
+        ("import nearline; nearline.open", {"prefect", "h5py", "numba", "duckdb", "awscrt"}),
+        (
+            "import numpy, storage.codec as c; c.decode(c.encode(numpy.zeros((64, 64))), (64, 64), 'f8')",
+            {"numba", "awscrt"},
+        ),
         ("import storage, storage.stream_store, storage.step_store, storage.catalog", {"prefect", "h5py", "zmq"}),
         ("import streaming.service, streaming.producer, streaming.retrieval, streaming.derived", {"prefect", "h5py"}),
     ],
-    ids=["nearline", "nearline.open", "storage", "streaming"],
+    ids=["nearline", "nearline.open", "one frame", "storage", "streaming"],
 )
 def test_import_does_not_load(statement, absent):
     assert loaded_by(statement) & absent == set()

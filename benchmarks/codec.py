@@ -1,6 +1,8 @@
-"""Decoding, checking and encoding one frame, in memory and in one thread."""
+"""Decoding, checking and encoding one frame, in memory."""
 
 import struct
+from collections.abc import Callable
+from typing import Literal
 
 import bitshuffle
 import numpy as np
@@ -8,51 +10,88 @@ import numpy as np
 from benchmarks.frames import FrameSet, Options
 from benchmarks.measure import Figure, clock, figure, interleave, rates
 from storage.codec import HEAD_BYTES, check_blob, decode, decode_into, encode
-from storage.frame import blob_crc32c, blob_digest
+from storage.frame import blob_digest
+from storage.kernels import PLAIN, kernels, use_compiled_kernels
 
 __all__ = ["measure"]
 
 
 def measure(options: Options) -> list[Figure]:
-    frames = FrameSet.make(options.size, 8)
-    blob, shape, dtype = frames.blobs[frames.first(is_hit=True)], frames.shape, np.dtype(frames.dtype)
-    pixels = decode(blob, shape, dtype)
+    use_compiled_kernels()
+    figures = [f for dtype in ("uint16", "uint32") for f in _decoding(options, dtype)]
+    return [*figures, *_beside_decoding(options)]
+
+
+def _decoding(options: Options, dtype: Literal["uint16", "uint32"]) -> list[Figure]:
+    frames = FrameSet.make(options.size, 8, dtype)
+    blob = frames.blob(frames.first(is_hit=True))
+    pixels = decode(blob, frames.shape, dtype)
     out, copy = np.empty_like(pixels), np.empty_like(pixels)
-    body = np.frombuffer(blob, np.uint8)[HEAD_BYTES:]
-    per_block = struct.unpack_from(">QI", blob)[1] // dtype.itemsize
+    view, block_bytes = np.frombuffer(blob, np.uint8), struct.unpack_from(">QI", blob)[1]
+    per_block = block_bytes // pixels.itemsize
     n = options.choose(3, 10)
     t = interleave(
         {
             "memcpy": clock(lambda: np.copyto(copy, pixels), n),
             "trusted": clock(lambda: decode_into(blob, out, trusted=True), n),
             "into": clock(lambda: decode_into(blob, out), n),
-            "new": clock(lambda: decode(blob, shape, dtype), n),
-            "bitshuffle": clock(lambda: bitshuffle.decompress_lz4(body, shape, dtype, per_block), n),
-            "check": clock(lambda: check_blob(blob, "bslz4", shape, dtype), n),
-            "crc32c": clock(lambda: blob_crc32c(blob), n),
-            "blake3": clock(lambda: blob_digest(blob), n),
-            "memcpy blob": clock(lambda: bytearray(blob), n),
-            "encode": clock(lambda: encode(pixels), n),
-            "bitshuffle encode": clock(lambda: bitshuffle.compress_lz4(pixels, per_block), n),
+            "new": clock(lambda: decode(blob, frames.shape, dtype), n),
+            "wheel into": clock(lambda: PLAIN.decode_bslz4(view, out, block_bytes), n),
+            "wheel": clock(
+                lambda: bitshuffle.decompress_lz4(view[HEAD_BYTES:], frames.shape, pixels.dtype, per_block), n
+            ),
         },
         options.choose(3, 25),
     )
-    gigabytes = pixels.nbytes / 1e9
-
-    def speed(name: str, ours: str, peer: str, peer_name: str) -> Figure:
-        limit = (peer_name, rates(gigabytes, t[peer]))
-        return figure(name, "GB/s decoded", rates(gigabytes, t[ours]), limit, higher_is_better=True)
-
-    figures = [
-        speed("decode into a reused buffer, checksum verified before", "trusted", "memcpy", "memcpy"),
-        speed("decode into a reused buffer", "into", "memcpy", "memcpy"),
-        speed("decode into a reused buffer", "into", "bitshuffle", "bitshuffle.decompress_lz4"),
-        speed("decode into a new array", "new", "bitshuffle", "bitshuffle.decompress_lz4"),
-        speed("encode", "encode", "bitshuffle encode", "bitshuffle.compress_lz4"),
+    speed = {name: rates(pixels.nbytes / 1e9, seconds) for name, seconds in t.items()}
+    names = {
+        "trusted": "decode into a reused buffer, checksum verified before",
+        "into": "decode into a reused buffer",
+        "new": "decode into a new array",
+    }
+    into, new = ("the wheel's C function", "wheel into"), ("bitshuffle.decompress_lz4", "wheel")
+    beside = [("trusted", ("memcpy", "memcpy")), ("trusted", into), ("into", into), ("new", new)]
+    return [
+        figure(f"{dtype}: {names[ours]}", "GB/s decoded", speed[ours], (name, speed[peer]), higher_is_better=True)
+        for ours, (name, peer) in beside
     ]
-    for name, key in (("check_blob", "check"), ("crc32c of the blob", "crc32c"), ("blake3 of the blob", "blake3")):
-        milliseconds = [1e3 * s for s in t[key]]
-        limit = ("memcpy of the blob", [1e3 * s for s in t["memcpy blob"]])
-        figures.append(figure(name, "ms", milliseconds, limit, higher_is_better=False))
+
+
+def _beside_decoding(options: Options) -> list[Figure]:
+    """What else is done to every frame, in ms, beside the plain kernels or a copy of the blob."""
+    frames = FrameSet.make(options.size, 8)
+    blob, shape, dtype = frames.blob(frames.first(is_hit=True)), frames.shape, frames.dtype
+    pixels, view = decode(blob, shape, dtype), np.frombuffer(blob, np.uint8)
+    n_blocks = -(-pixels.nbytes // struct.unpack_from(">QI", blob)[1])
+    n = options.choose(3, 10)
+
+    def timed(function: Callable[..., object], *arguments: object) -> Callable[[], float]:
+        return clock(lambda: function(*arguments), n)
+
+    t = interleave(
+        {
+            "check_blob": timed(check_blob, blob, "bslz4", shape, dtype),
+            "plain walk": timed(PLAIN.end_of_blocks, view, HEAD_BYTES, n_blocks),
+            "crc32c": timed(kernels().crc32c, view),
+            "plain crc32c": timed(PLAIN.crc32c, view),
+            "blake3": timed(blob_digest, blob),
+            "memcpy": timed(bytearray, blob),
+            "encode": timed(encode, pixels),
+            "bitshuffle encode": timed(bitshuffle.compress_lz4, pixels),
+        },
+        options.choose(3, 25),
+    )
+    ms = {name: [1e3 * s for s in seconds] for name, seconds in t.items()}
+    beside = [
+        ("check_blob", "walk over the blocks in Python", "plain walk"),
+        ("crc32c", "google_crc32c", "plain crc32c"),
+        ("crc32c", "memcpy of the blob", "memcpy"),
+        ("blake3", "memcpy of the blob", "memcpy"),
+        ("encode", "bitshuffle.compress_lz4", "bitshuffle encode"),
+    ]
+    figures = [
+        figure(f"{ours} of a frame", "ms", ms[ours], (name, ms[peer]), higher_is_better=False)
+        for ours, name, peer in beside
+    ]
     sizes = [pixels.nbytes / len(b) for b in frames.blobs]
     return [*figures, figure("compression ratio of the frames", "×", sizes, higher_is_better=True)]

@@ -14,7 +14,8 @@ import zarr
 
 from benchmarks.frames import SOURCE, FrameSet, Options, WorkFolder, stored_run
 from benchmarks.measure import Figure, Target, clock, figure, interleave, rates
-from storage.codec import decode, decode_into
+from storage.codec import BLOCK_BYTES, decode, decode_into
+from storage.kernels import PLAIN, use_compiled_kernels
 from storage.run_folder import RunFolder
 from storage.stream_source import FolderSource
 from streaming.retrieval import open_run
@@ -26,6 +27,7 @@ _OF_BARE, _OF_ZARR = Target("of limit", 0.8), Target("of limit", 3.0)
 
 
 def measure(options: Options) -> list[Figure]:
+    use_compiled_kernels()
     frames, n = FrameSet.make(options.size, 32), options.choose(20, 100)
     with WorkFolder(options, "read") as root:
         folder = stored_run(root, frames, 1, n, 50)
@@ -45,6 +47,11 @@ def measure(options: Options) -> list[Figure]:
             path, offset, length = places[index]
             decode_into(os.pread(descriptors[path], length, offset), out(), trusted=True)
 
+        def wheel(index: int) -> None:
+            path, offset, length = places[index]
+            view = np.frombuffer(os.pread(descriptors[path], length, offset), np.uint8)
+            PLAIN.decode_bslz4(view, out(), BLOCK_BYTES)
+
         def own_new(index: int) -> None:
             decode(source.read_one(index).blob, frames.shape, frames.dtype)
 
@@ -63,6 +70,7 @@ def measure(options: Options) -> list[Figure]:
         per_round = options.choose(5, 10)
         readers: dict[str, Callable[[int], object]] = {
             "bare": bare,
+            "wheel": wheel,
             "new": own_new,
             "into": own_into,
             "trusted": trusted,
@@ -73,7 +81,7 @@ def measure(options: Options) -> list[Figure]:
         with ThreadPoolExecutor(_N_THREADS) as pool:
             rounds |= {
                 f"{name} in threads": _in_threads(pool, _next_frame(readers[name], n), per_round)
-                for name in ("bare", "trusted", "zarr")
+                for name in ("bare", "wheel", "trusted", "zarr")
             }
             t = interleave(rounds, options.choose(3, 15))
         for fd in descriptors.values():
@@ -89,7 +97,12 @@ def measure(options: Options) -> list[Figure]:
     # What a reader of the public API gets, and what ours is made of.
     targets = {("bare", "stream"): _OF_BARE, ("zarr", "trusted"): _OF_ZARR}
     figures = []
-    for peer, name in (("bare", "pread + decode, no checks"), ("zarr", 'zarr.open(…)["data"][i]')):
+    peers = {
+        "bare": "pread + decode, no checks",
+        "wheel": "pread + bitshuffle's decoder",
+        "zarr": 'zarr.open(…)["data"][i]',
+    }
+    for peer, name in peers.items():
         for key, text in words.items():
             beside, where = (f"{peer} in threads", f", {_N_THREADS} threads") if "threads" in key else (peer, "")
             limit, target = (name + where, frames_per_second[beside]), targets.get((peer, key))

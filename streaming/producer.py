@@ -480,7 +480,7 @@ class _Courier(threading.Thread):
         blobs = []
         for sending in batch:
             if isinstance(sending.blob, Future):
-                self._exchange_weight(sending, sending.blob.result())
+                self._exchange_weight(sending, sending.blob.result())  # an array that was checked does compress
             blobs.append(sending.blob)
         request = wire.PutFrames(id=0, stream=self._ref, infos=[s.info for s in batch], ack=self._ack)
         self._under_way[self._connection.send(request, glue_payload(blobs))] = batch

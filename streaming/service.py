@@ -1,5 +1,6 @@
 """The service: connectors, recorder, server and what stands beside them put together, and its settings."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from storage.block_walk import use_compiled_walk
 from storage.catalog import Catalog, CatalogWriter, default_url
+from storage.errors import SourceBusy
 from storage.models import Model
 from storage.names import check_name
 from storage.upload import Uploader
@@ -71,8 +73,9 @@ class Service:
         self.settings, self._root = settings, settings.root.absolute()
         settings.root.mkdir(parents=True, exist_ok=True)
         self.metrics = ServiceMetrics()
-        self._catalog = Catalog(settings.catalog_url or default_url(settings.root))
         self._stack = ExitStack()
+        self._stack.enter_context(_only_service(self._root))
+        self._catalog = Catalog(settings.catalog_url or default_url(settings.root))
         self._stack.callback(self._catalog.close)
         with _closing_on_error(self._stack):
             self._assemble(settings)
@@ -207,6 +210,30 @@ def serve_until_signal(settings: ServiceSettings, ready: Any = None) -> None:
         if ready:
             ready(service)
         stop.wait()
+
+
+@contextmanager
+def _only_service(root: Path) -> Iterator[None]:
+    """Hold the data folder for one service: two would each have half of a consumer group's state.
+
+    Raises
+    ------
+    SourceBusy : another one has it; the kernel lets go of it when that process ends, however it does.
+    """
+    path = service_folder(root) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise SourceBusy(
+            f"another service runs on the data folder {root}; stop it, or give this one a folder of its own with --root"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextmanager

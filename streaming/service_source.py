@@ -210,6 +210,8 @@ class _Member:
             frame.is_seen = True
             yield frame
             self._settle(frame)
+            if self._connection.stop is not None and self._connection.stop.is_set():
+                return
         self._acknowledge()
         # All frames of an answer are leased from the same moment: take no more than are done well within it.
         seconds = time.monotonic() - received

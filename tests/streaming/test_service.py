@@ -196,16 +196,6 @@ def test_nobody_there():
         Client("tcp://127.0.0.1:1")
 
 
-def test_second_service_on_the_same_data_leaves_a_live_run_alone(tmp_path):
-    with ServiceProcess(tmp_path) as first, producing(first.address) as out:
-        out.send(pixels(0))
-        with serving(tmp_path) as second:
-            assert second.recorder.streams() == []
-        out.send(pixels(1))
-        out.finish()
-        assert open_run(f"{first.address}/lyso/1").state is RunState.completed
-
-
 def test_stream_taken_over_by_another_service_is_given_up(tmp_path):
     """A newer claim without our lock (another host): this service stops writing and says so."""
     with serving(tmp_path) as service, producing(service.address) as out:
@@ -222,7 +212,7 @@ def test_stream_taken_over_by_another_service_is_given_up(tmp_path):
 def test_damaged_run_does_not_keep_the_service_from_starting(tmp_path, damage):
     with ServiceProcess(tmp_path) as service:
         with producing(service.address) as out:
-            out.send_many([(i, pixels(i), {}) for i in range(100)])
+            out.send_many([(i, pixels(i), {}) for i in range(1000)])
         wait_for(lambda: (tmp_path / "lyso" / "1" / "eiger.chunks" / "00000.json").exists())
         service.kill()
     (tmp_path / "lyso" / "1" / damage).write_text("{ damaged")
@@ -476,6 +466,13 @@ def test_status_says_what_there_is(tmp_path):
     assert status["streams"][0]["stored"] == 3
     assert status["rejected_messages"] == 0
     assert status["buffer"]["used_bytes"] <= status["buffer"]["budget_bytes"]
+
+
+def test_second_service_on_one_folder_is_refused(tmp_path):
+    with serving(tmp_path), pytest.raises(OSError, match="another service runs on the data folder"), serving(tmp_path):
+        pass
+    with serving(tmp_path) as service:
+        record_run(service.address, range(2))
 
 
 def test_service_needs_nothing_but_its_folder(tmp_path):

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import Field
 
-from storage.block_walk import use_compiled_walk
 from storage.catalog import Catalog, CatalogWriter, default_url
 from storage.errors import SourceBusy
+from storage.kernels import use_compiled_kernels
 from storage.models import Model
 from storage.names import check_name
 from storage.upload import Uploader
@@ -69,7 +69,6 @@ class Service:
         check_bind(settings.bind, settings.wants_tokens, settings.encrypts, settings.allows_insecure)
         check_name(settings.experiment, "experiment")
         keep_freed_memory()
-        use_compiled_walk()
         self.settings, self._root = settings, settings.root.absolute()
         settings.root.mkdir(parents=True, exist_ok=True)
         self.metrics = ServiceMetrics()
@@ -134,6 +133,10 @@ class Service:
                 raise
         if self._uploader is not None:
             self._uploader.resume(self._root)
+        # Numba takes a while to import; the first frames are checked without it.
+        kernels = threading.Thread(target=use_compiled_kernels, name="kernels", daemon=True)
+        kernels.start()
+        self._stack.callback(kernels.join)
         self._server.start()
         for connector in self._connectors:
             connector.start()

@@ -165,12 +165,12 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         "announced",
         "received",
         "stored",
+        "incomplete",
         "missing",
         "rejected",
-        "duplicate",
         "late",
+        "duplicate",
         "pruned",
-        "pending",
     )
     table = Table("frames", *found)
     for field in (*fields, "pending"):
@@ -185,7 +185,7 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
             )
         for part in ledger.ranges:
             frames = f"frame {part.start}" if part.stop == part.start + 1 else f"frames {part.start}–{part.stop - 1}"
-            console.print(f"{name}: {frames} {part.state}: {part.cause}", highlight=False)
+            console.print(f"{name}: {frames} {part.state}{f': {part.cause}' if part.cause else ''}", highlight=False)
         for problem in ledger.problems:
             console.print(f"[red]does not balance:[/red] {problem}", highlight=False)
     if is_balanced:

@@ -48,7 +48,7 @@ class WireAsker:
             self.close()
             raise ServiceUnavailable(f"nothing listens at {self._address}; start the service with `nearline serve`")
         if self._connection is None:
-            self._connection = Connection(self._address)
+            self._connection = Connection(self._address, token=self._token or "")
         try:
             reply, _ = self._connection.ask(request, timeout=_PATIENCE_S)
         except ServiceUnavailable:

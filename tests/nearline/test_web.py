@@ -24,7 +24,9 @@ from nearline.web.serve import WebSettings, serve_web
 from nearline.web.service_view import ServiceView
 from storage.errors import AccessDenied, ServiceUnavailable, SourceBusy
 from streaming import wire
+from streaming.client import is_reachable
 from streaming.metrics import ServiceMetrics
+from streaming.security import TokenBook, save_credentials, server_keys, service_folder
 
 from ..streaming.harness import record_run, serving, wait_for
 
@@ -414,3 +416,55 @@ def test_the_child_ends_when_its_parent_is_killed(tmp_path):
         assert alive(pid)
         parent.kill()
     wait_for(lambda: not alive(pid), timeout=10)
+
+
+# ---- tokens and encryption, end to end ------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nearline_serve(root: Path, *options: str) -> Iterator[str]:
+    """`nearline serve` in a process of its own, as people start it; its address."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    arguments = ["--root", str(root), "--bind", address, "--source", f"eiger=tcp://127.0.0.1:{free_port()}"]
+    child = subprocess.Popen([sys.executable, "-m", "nearline.cli", "serve", *arguments, *options])
+    try:
+        wait_for(lambda: is_reachable(address) or child.poll() is not None, timeout=30)
+        assert child.poll() is None
+        yield address
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 0
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_guarded_service_shows_each_caller_what_their_token_reaches(tmp_path, monkeypatch):
+    """The web process's own user has an admin token and lends it to nobody."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    book = TokenBook(service_folder(tmp_path))
+    reach = {"*": "admin", "lyso": "read", "other": "read"}
+    admin, lyso, other = (book.issue("x", [name], scope, 600)[0] for name, scope in reach.items())
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with nearline_serve(tmp_path, "--tokens", "--encrypt", "--http", str(port)) as address:
+        key = server_keys(service_folder(tmp_path)).public.decode()
+        save_credentials(address, token=admin, server_key=key)
+        record_run(address, range(3))
+        wait_for(lambda: code_of(f"{url}/health", lyso) == 200, timeout=30)
+        assert code_of(f"{url}/health") == code_of(f"{url}/runs") == code_of(f"{url}/metrics", "forged") == 401
+        stream = ("nearline_stream_frames", "data_source=eiger", "experiment=lyso", "run=1", "state=stored")
+        assert samples(url, lyso)[stream] == samples(url, admin)[stream] == 3
+        assert [row["run"] for row in json.loads(get(f"{url}/runs", lyso)[1])] == [1]
+        assert stream not in samples(url, other)
+        assert json.loads(get(f"{url}/runs", other)[1]) == []
+        assert get(f"{url}/runs?experiment=lyso", other)[0] == 401
+        book.revoke(TokenBook(service_folder(tmp_path)).check(lyso).id)
+        wait_for(lambda: code_of(f"{url}/health", lyso) == 401)
+
+
+def code_of(url: str, token: str | None = None) -> int | None:
+    """The status code; None while nobody listens."""
+    try:
+        return get(url, token)[0]
+    except OSError:
+        return None

@@ -69,7 +69,7 @@ class KnownFrames:
             return self._rows.metadata_names
         if prefix == "results":
             return [] if self._result_rows is None else self._result_rows.names
-        return [] if self._annotations is None else self._annotations.names(self._lineage)
+        return self._annotations.names(self._lineage)
 
     def find(self, ref: Reference, *, may_come: bool = False) -> Column:
         """The column that a reference means.
@@ -166,8 +166,6 @@ class KnownFrames:
         return {Column("results", name): _aligned(columns[name], index, self.frame_index) for name in names}
 
     def _load_annotation(self, name: str) -> pa.ChunkedArray:
-        if self._annotations is None:
-            return self._nothing()
         times = self._utc_ns if self._annotations.needs_times(name, self._lineage) else None
         return pa.chunked_array([self._annotations.column(name, self._lineage, self.frame_index, times)])
 

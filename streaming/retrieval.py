@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from storage.codec import decode, decode_into
-from storage.errors import BadAnnotation, CorruptFrame, FrameMissing, GroupNeedsService, RunNotFound, StreamNotFound
+from storage.errors import CorruptFrame, FrameMissing, GroupNeedsService, RunNotFound, StreamNotFound
 from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_columns import PREFIXES
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import zarr
 
-    from storage.annotations import AnnotationBatch, Annotations, AnnotationStore
+    from storage.annotations import AnnotationBatch, Annotations
     from storage.step_store import Processing
     from streaming.query import Selection
 
@@ -639,43 +639,33 @@ class Run:
 
         Raises
         ------
-        BadAnnotation : it contradicts earlier ones; or the run's folder cannot be seen from here.
+        BadAnnotation : it contradicts earlier ones.
         """
         if batch.data_source is not None and batch.data_source not in self.data_sources:
             raise StreamNotFound(
                 f"run {self.name} has no data source {batch.data_source!r}; it has: {', '.join(self.data_sources)}"
             )
-        return self._known_annotations().add(batch)
+        return self.read_annotations().add(batch)
 
     @property
     def annotations(self) -> "pa.Table":
         """All that was said of the run's frames, a row for each value, in the order it was said."""
-        return self._known_annotations().table()
+        return self.read_annotations().table()
 
-    def read_annotations(self) -> "Annotations | None":
-        """The annotations there are now; None where they cannot be seen from here."""
-        from storage.annotations import Annotations
-
+    def read_annotations(self) -> "Annotations":
+        """The annotations there are now."""
         if self._annotations is None:
-            store = self._annotation_store()
-            self._annotations = None if store is None else Annotations(store)
-        if self._annotations is not None:
-            self._annotations = self._annotations.refreshed()
+            self._annotations = self._no_annotations_yet()
+        self._annotations = self._annotations.refreshed()
         return self._annotations
 
-    def _known_annotations(self) -> "Annotations":
-        known = self.read_annotations()
-        if known is None:
-            raise BadAnnotation(
-                f"the folder {self.folder} of run {self.name}, where its annotations are, cannot be seen from this "
-                "machine; annotate where the service runs"
-            )
-        return known
+    def _no_annotations_yet(self) -> "Annotations":
+        from storage.annotations import Annotations, FolderAnnotations
+        from streaming.service_annotations import ServiceAnnotations
 
-    def _annotation_store(self) -> "AnnotationStore | None":
-        from storage.annotations import FolderAnnotations
-
-        return None if self.visible_folder is None else FolderAnnotations(self.visible_folder.path)
+        if self._client is not None:
+            return Annotations(ServiceAnnotations(self._client, self.header.experiment, self.header.run))
+        return Annotations(FolderAnnotations(self.folder))
 
     def _source(self, data_source: str) -> StreamSource:
         if self._folder is not None:

@@ -34,12 +34,15 @@ __all__ = [
     "AckLevel",
     "Acknowledge",
     "AddEvent",
+    "Annotate",
+    "AnnotationsReply",
     "ChunkReply",
     "DeadLetters",
     "Done",
     "Failure",
     "FinishStream",
     "Frames",
+    "GetAnnotations",
     "GetEvents",
     "GetGroups",
     "GetLedger",
@@ -271,6 +274,21 @@ class GetEvents(Request):
     kind: str | None = None
 
 
+class Annotate(Request):
+    """Keep annotations of a run's frames; payload: one `storage.annotations.AnnotationBatch` as JSON."""
+
+    experiment: str
+    run: int
+
+
+class GetAnnotations(Request):
+    """The batches of annotations with a number above ``after``, in order."""
+
+    experiment: str
+    run: int
+    after: int = 0
+
+
 class StartStream(Request):
     """A new stream, or one more producer for it; ``header`` is a StreamHeader as JSON.
 
@@ -354,6 +372,13 @@ class PlaneReply(Reply):
     shape: tuple[int, ...] = ()
 
 
+class AnnotationsReply(Reply):
+    """A payload part for each of these batches; not ``is_end``: go on after the last of them."""
+
+    numbers: list[int]
+    is_end: bool
+
+
 class PutReply(Reply):
     """What became of each frame, in the order sent, and under which index.
 
@@ -379,9 +404,11 @@ class Failure(Reply):
 _REQUESTS = (
     Hello | ListRuns | OpenRun | Wait | Read | Latest | NextFrames | Acknowledge | GetGroups | SeekGroup
     | DeadLetters | WaitChunk | GetPlane | GetLedger | GetStatus | StartRun | StopRun | AddEvent | GetEvents
-    | StartStream | PutFrames | FinishStream
+    | Annotate | GetAnnotations | StartStream | PutFrames | FinishStream
 )  # fmt: skip
-_REPLIES = Welcome | SayHello | JsonReply | Frames | ChunkReply | PlaneReply | PutReply | Done | Failure
+_REPLIES = (
+    Welcome | SayHello | JsonReply | Frames | ChunkReply | PlaneReply | AnnotationsReply | PutReply | Done | Failure
+)  # fmt: skip
 _request_decoder = msgspec.msgpack.Decoder(_REQUESTS)
 _reply_decoder = msgspec.msgpack.Decoder(_REPLIES)
 encode = msgspec.msgpack.Encoder().encode

@@ -1,7 +1,8 @@
 """What the service does for each request, by topic; the table says who may ask.
 
 ``runs`` (what there is), ``reading`` (frames), ``sharing`` (consumer groups), ``producing``
-(frames from programs). A new request is a struct in `streaming.wire`, a function here and a row.
+(frames from programs), ``annotations`` (what is said of frames afterwards). A new request is a
+struct in `streaming.wire`, a function here and a row.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streaming import wire
-from streaming.handlers import producing, reading, runs, sharing
+from streaming.handlers import annotations, producing, reading, runs, sharing
 from streaming.handlers.desk import Answer, Call, Client, Desk
 
 __all__ = ["HANDLERS", "Answer", "Call", "Client", "Desk", "Handler", "Scope"]
@@ -33,6 +34,8 @@ HANDLERS: dict[type, Handler] = {
     wire.StartRun: Handler(runs.start_run, "write"),
     wire.StopRun: Handler(runs.stop_run, "write"),
     wire.AddEvent: Handler(runs.add_event, "write"),
+    wire.Annotate: Handler(annotations.annotate, "write"),
+    wire.GetAnnotations: Handler(annotations.get_annotations, "read"),
     wire.StartStream: Handler(runs.start_stream, "write"),
     wire.PutFrames: Handler(producing.put_frames, "write"),
     wire.FinishStream: Handler(producing.finish_stream, "write"),

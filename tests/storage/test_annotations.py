@@ -289,6 +289,14 @@ def test_too_large_a_batch_is_refused_before_it_is_read():
         accept_batch(b" " * ((64 << 20) + 1))
 
 
+def test_a_batch_sent_again_is_kept_once(tmp_path):
+    store = FolderAnnotations(tmp_path)
+    first, second = (make_batch({"x": n}, frames=n).encode() for n in (1, 2))
+    assert [store.append(batch) for batch in (first, second, first, second)] == [1, 2, 1, 2]
+    assert store.read_all(1) == [(2, second)]
+    assert (store.numbers(), store.numbers(1), store.read(1)) == ([1, 2], [2], first)
+
+
 def test_fields_of_a_newer_version_are_left_alone(annotations, tmp_path):
     number = annotations.add(make_batch({"x": 1}, frames=1))
     path = tmp_path / "annotations" / f"{number:06d}.json"

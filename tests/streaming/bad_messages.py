@@ -163,6 +163,8 @@ GOOD_REQUESTS: dict[str, Any] = {
     "GetPlane": wire.GetPlane(id=1, stream=REF, name="pixel_mask"),
     "GetLedger": wire.GetLedger(id=1, stream=REF),
     "GetStatus": wire.GetStatus(id=1),
+    "Annotate": wire.Annotate(id=1, experiment="lyso", run=1),
+    "GetAnnotations": wire.GetAnnotations(id=1, experiment="lyso", run=1),
     "StartStream": wire.StartStream(id=1, header=_HEADER.encode()),
     "PutFrames": wire.PutFrames(id=1, stream=REF, infos=[FrameInfo(frame_index=0, size_bytes=len(PIXELS))]),
     "FinishStream": wire.FinishStream(id=1, stream=wire.StreamRef("lyso", 1, "nothing")),

@@ -406,13 +406,17 @@ def test_rows_come_over_the_wire(far_run):
         assert far_run["eiger"].where(condition).indices.tolist() == [i for i in THERE if is_true(i)], condition
 
 
-def test_annotations_out_of_sight_are_named(far_run):
-    with pytest.raises(BadAnnotation, match="cannot be seen from this machine; annotate where the service runs"):
-        far_run.annotate(frames=1, laser=True)
-    with pytest.raises(BadAnnotation, match="cannot be seen"):
-        _ = far_run.annotations
-    with pytest.raises(BadQuery, match="annotation: none"):
-        far_run["eiger"].where("laser")
+def test_annotations_go_through_the_service(far_run):
+    frames = far_run["eiger"]
+    known = len(far_run.annotations)
+    number = far_run.annotate(frames=[1, 2], colour=["red", "green"], by="far")
+    other = open_run(f"{far_run.service_address}/lyso/1")
+    assert other.annotations.to_pylist()[known:] == far_run.annotations.to_pylist()[known:]
+    assert [row["batch"] for row in far_run.annotations.to_pylist()[known:]] == [number, number]
+    assert frames.where("colour = 'green'").indices.tolist() == [2]
+    assert "cannot be seen" not in str(far_run)
+    with pytest.raises(BadAnnotation, match="would be numbers and text"):
+        other.annotate(frames=3, colour=1)
 
 
 # ---- following what comes -------------------------------------------------------------------------

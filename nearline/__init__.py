@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
     from streaming.producer import Producer
     from streaming.retrieval import Chunk, Frame, Run, Stream
+    from streaming.wire import AckLevel
 
-__all__ = ["Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer"]
+__all__ = [
+    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer", "start_run", "stop_run",
+]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
 _HOMES = {
@@ -66,18 +69,69 @@ def open(
         time.sleep(0.2)
 
 
-def producer(experiment: str, data_source: str, *, service: str | None = None, ack: str = "stored") -> Producer:
+def producer(
+    experiment: str,
+    data_source: str,
+    *,
+    service: str | None = None,
+    ack: AckLevel = "stored",
+    name: str | None = None,
+    token: str | None = None,
+) -> Producer:
     """A source of frames: ``with nearline.producer("lyso-2026", "cam").run() as out: out.send(array)``.
+
+    ``out.send`` waits for the acknowledgement of each frame, ``out.put`` does not and gives a future.
 
     Parameters
     ----------
-    ack : when a send returns: the service has the frame in memory (``buffered``), or on disk (``stored``).
+    service : its address; by default ``NEARLINE_SERVICE``, or the one on this machine.
+    ack : when a frame counts as acknowledged: the service has it in memory (``buffered``), in its journal
+        (``stored``), where `kill -9` of everything cannot take it, or on the disk (``durable``), where a power loss
+        cannot.
+    name : how this producer is known in the frame table; must be its own among those that fill one stream. Made up
+        if left out.
+    token : what to show to a service that wants a token; by default ``NEARLINE_TOKEN``, or the credentials file.
     """
     from streaming.producer import Producer
-    from streaming.wire import DEFAULT_ADDRESS
 
-    address = service or os.environ.get("NEARLINE_SERVICE") or DEFAULT_ADDRESS
-    return Producer(address, experiment, data_source, ack=ack)  # type: ignore[arg-type]
+    return Producer(_service_address(service), experiment, data_source, ack=ack, name=name, token=token)
+
+
+def start_run(
+    experiment: str,
+    run: int | None = None,
+    *,
+    sample: str | None = None,
+    user_data: dict[str, Any] | None = None,
+    service: str | None = None,
+) -> int:
+    """Open a run that takes every detector series of the experiment until `stop_run`; its number.
+
+    Parameters
+    ----------
+    run : its number; by default the next free one.
+    user_data : what is known of the run already; readers find it in `Run.metadata`.
+    service : its address; by default ``NEARLINE_SERVICE``, or the one on this machine.
+
+    Raises
+    ------
+    BadName : a run of this experiment is open already, or that number is taken.
+    """
+    from streaming.control import start_run
+
+    return start_run(experiment, run, service=_service_address(service), sample=sample, user_data=user_data)
+
+
+def stop_run(experiment: str, run: int, *, aborted: str | None = None, service: str | None = None) -> None:
+    """End a run of `start_run`; returns when its last chunk is sealed.
+
+    Parameters
+    ----------
+    aborted : why, when this is not a regular end.
+    """
+    from streaming.control import stop_run
+
+    stop_run(experiment, run, service=_service_address(service), aborted=aborted)
 
 
 def process(run: str | Path, recipe: Any, **options: Any) -> dict[str, Any]:
@@ -93,6 +147,12 @@ def process(run: str | Path, recipe: Any, **options: Any) -> dict[str, Any]:
     options.setdefault("root", _root_from_environment())
     content = load_recipe(recipe).model_dump(mode="json")
     return run_processing(ProcessRequest(run=str(run), recipe=content, **options))
+
+
+def _service_address(service: str | None) -> str:
+    from streaming.wire import DEFAULT_ADDRESS
+
+    return service or os.environ.get("NEARLINE_SERVICE") or DEFAULT_ADDRESS
 
 
 def _root_from_environment() -> str | None:

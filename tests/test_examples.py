@@ -158,6 +158,42 @@ def test_find_frames_tells_pumped_from_dark(service, detector, example) -> None:
     assert lines[1 + len(pumped) :] == [f"frame {i} was dark: {hits[i]} peaks" for i in dark]
 
 
+def test_bluesky_says_where_a_run_begins_and_ends(service, detector, example) -> None:
+    assert example("bluesky_callback.py") == ["Nearline runs: [1]"]
+
+    run = nearline.open("lyso-2026/1")
+    assert (run.header.sample, run.state, run.data_sources) == ("lysozyme", "completed", [])
+    assert run.metadata["bluesky"]["temperature"] == 100.0
+
+
+def test_bluesky_puts_all_series_of_a_plan_into_one_run(service, detector) -> None:
+    from bluesky import RunEngine, plan_stubs, preprocessors
+
+    runs = runpy.run_path(str(EXAMPLES / "bluesky_callback.py"))["NearlineRuns"]("scans")
+    engine = RunEngine()
+    engine.subscribe(runs)
+    series = simulated(detector, "scans/1", n_frames=5).model_copy(update={"run": None})
+
+    @preprocessors.run_decorator(md={"plan_args": {"left": "out"}, "purpose": "test"})
+    def plan(n_series: int, fails: bool):
+        for _ in range(n_series):
+            simulate(series)
+            yield from plan_stubs.null()
+        if fails:
+            raise RuntimeError("the motor is stuck")
+
+    (scanned,) = engine(plan(3, fails=False))
+    with pytest.raises(RuntimeError, match="stuck"):
+        engine(plan(1, fails=True))
+
+    first, second = (nearline.open(f"scans/{number}") for number in runs.runs.values())
+    assert runs.runs[scanned] == first.header.run
+    assert [frame.info.series_frame for frame in first["eiger"]] == [*range(5)] * 3
+    assert (first.state, second.state, len(second["eiger"])) == ("completed", "aborted", 5)
+    assert first.metadata["bluesky"]["purpose"] == "test"
+    assert "plan_args" not in first.metadata["bluesky"]
+
+
 def test_every_example_is_executed_here() -> None:
     source = Path(__file__).read_text()
     assert [

@@ -12,10 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nearline import show, token_commands
+import nearline
+from nearline import group_commands, show, token_commands
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
+from storage.names import parse_run_key
 
 __all__ = ["app", "main"]
 
@@ -313,6 +315,33 @@ def runs(
     show.run_list(console, show.list_runs(experiment, service, root), as_json)
 
 
+@app.command("start-run")
+def start_run(
+    experiment: Annotated[str, typer.Argument(help="Experiment, such as lyso-2026.")],
+    sample: Annotated[str | None, typer.Option(help="Name of the sample.")] = None,
+    run: Annotated[int | None, typer.Option(help="Run number; default the next free one.")] = None,
+    service: Service = None,
+    as_json: AsJson = False,
+) -> None:
+    """Open a run that takes every detector series of the experiment until `nearline stop-run`; prints its name."""
+    number = nearline.start_run(experiment, run, sample=sample, service=service)
+    print(json.dumps({"experiment": experiment, "run": number}) if as_json else f"{experiment}/{number}")
+
+
+@app.command("stop-run")
+def stop_run(
+    run: Annotated[str, typer.Argument(help="experiment/number, as `nearline start-run` has printed it.")],
+    aborted: Annotated[str | None, typer.Option(help="Why, when this is not a regular end.")] = None,
+    service: Service = None,
+    as_json: AsJson = False,
+) -> None:
+    """End such a run; returns when its last chunk is sealed."""
+    experiment, number = parse_run_key(run)
+    nearline.stop_run(experiment, number, aborted=aborted, service=service)
+    state = show.open_run(run, service, None).state.value
+    print(json.dumps({"run": run, "state": state}) if as_json else f"{run} has ended: {state}")
+
+
 @app.command()
 def info(
     run: RunName,
@@ -406,6 +435,8 @@ def annotate(
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every fact in it is in the run folders.")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(token_commands.app, name="token")
+app.add_typer(group_commands.groups, name="groups")
+app.add_typer(group_commands.dead_letters, name="dead-letters")
 
 
 @catalog_app.command("rebuild")

@@ -164,7 +164,8 @@ class ServiceStatus(Record):
             )
         found += [f"run {run} is not uploaded: {why}" for run, why in self.uploads.refused.items()]
         found += [
-            f"group {group.name} has set {group.dead_letters} frames aside; `nearline dead-letters list` shows them"
+            f"group {group.name} has set {group.dead_letters} frames aside; "
+            f"`nearline dead-letters list {run_key(group.experiment, group.run)}` shows them"
             for group in self.groups
             if group.dead_letters
         ]

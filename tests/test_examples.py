@@ -162,7 +162,8 @@ def test_bluesky_says_where_a_run_begins_and_ends(service, detector, example) ->
     assert example("bluesky_callback.py") == ["Nearline runs: [1]"]
 
     run = nearline.open("lyso-2026/1")
-    assert (run.header.sample, run.state, run.data_sources) == ("lysozyme", "completed", [])
+    assert (run.header.sample, run.data_sources) == ("lysozyme", [])
+    assert run.events("run_finished")[0].payload["cause"] == "no stream was started"
     assert run.metadata["bluesky"]["temperature"] == 100.0
 
 

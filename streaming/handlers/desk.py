@@ -163,6 +163,8 @@ class Desk:
     name: str
     session: str
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
+    # What a frame of a stream took when it was last handed out: no more are leased than an answer can carry.
+    typical_bytes: dict[StreamKey, int] = field(default_factory=dict)
     _views: OrderedDict[StreamKey, StreamView] = field(default_factory=OrderedDict)
     _opening: set[StreamKey] = field(default_factory=set)
     _errors: dict[StreamKey, NearlineError] = field(default_factory=dict)

@@ -31,6 +31,7 @@ _MAX_LEASE_S = 3600.0
 _MOST_DELIVERIES = 1_000_000
 # Frames fetched from disk for one answer, before their sizes are known.
 _MOST_FROM_DISK = 256
+_KEEP_SIZES = 256
 
 
 def next_frames(desk: Desk, call: Call) -> Answer | None:
@@ -111,7 +112,8 @@ def _hand_out(desk: Desk, call: Call, view: StreamView, group: Group) -> Answer 
     request, member = call.request, check_name(call.request.member, "member")
     lease_s = bounded(request.lease_s, 0.05, _MAX_LEASE_S)
     credit = min(max(request.max_bytes, 1), call.client.credit, MOST_BYTES_AN_ANSWER)
-    leases = group.take(view.states, member, lease_s, min(max(request.max_frames, 1), MOST_FRAMES_AT_ONCE))
+    room = 1 + credit // (desk.typical_bytes.get(request.stream.key, 0) + ROW_BYTES)
+    leases = group.take(view.states, member, lease_s, min(max(request.max_frames, 1), MOST_FRAMES_AT_ONCE, room))
     if not leases:
         is_end = view.is_terminal and group.is_drained(view.states)
         return _answer(call, [], [], group, is_end=is_end) if is_end or call.is_overdue else None
@@ -128,6 +130,7 @@ def _hand_out(desk: Desk, call: Call, view: StreamView, group: Group) -> Answer 
         given += [lease] * len(parts)
         frames += parts
         credit -= sum(part.nbytes + ROW_BYTES for part in parts)
+    _note_size(desk, call, frames)
     return _answer(call, frames, given, group)
 
 
@@ -172,9 +175,17 @@ def _fetched(
     _untake(group, rest)
     frames = [part for _, parts in found for part in parts]
     given = [lease for lease, parts in found for _ in parts]
+    _note_size(desk, call, frames)
     desk.send(call, _answer(call, frames, given, group))
     if damaged or rest:
         desk.changed(call.request.stream.key)
+
+
+def _note_size(desk: Desk, call: Call, frames: list[RawFrame]) -> None:
+    if frames:
+        desk.typical_bytes[call.request.stream.key] = frames[-1].nbytes
+        while len(desk.typical_bytes) > _KEEP_SIZES:
+            desk.typical_bytes.pop(next(iter(desk.typical_bytes)))
 
 
 def _untake(group: Group, leases: list[Lease]) -> None:

@@ -642,10 +642,10 @@ def _declare_missing(stream: LiveStream, stop: int) -> None:
 
 
 def _final_state(ledgers: list[StreamLedger], aborted: str | None) -> RunState:
-    """Completed only if every planned frame is stored; aborted if the source never said the end."""
+    """Completed only if every planned frame is there; aborted if the source never said the end."""
     if aborted:
         return RunState.aborted
-    complete = all(x.stored == max(x.announced, x.planned) for x in ledgers)
+    complete = all(x.stored + x.late == max(x.announced, x.planned) for x in ledgers)
     return RunState.completed if complete else RunState.incomplete
 
 

@@ -330,12 +330,11 @@ class Reply(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Welcome(Reply):
-    """``session`` names this life of the service; ``features`` what it can do beyond the protocol's minimum."""
+    """``session`` names this life of the service."""
 
     protocol: int
     service: str
     session: str = ""
-    features: list[str] = []
 
 
 class SayHello(Reply):

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from storage.kernels import use_compiled_kernels
     from streaming.producer import Producer
     from streaming.retrieval import Chunk, Frame, Run, Stream
     from streaming.wire import AckLevel
 
 __all__ = [
     "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer", "start_run", "stop_run",
+    "use_compiled_kernels",
 ]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
@@ -35,6 +37,7 @@ _HOMES = {
     "Producer": "streaming.producer",
     "Run": "streaming.retrieval",
     "Stream": "streaming.retrieval",
+    "use_compiled_kernels": "storage.kernels",
 }
 
 

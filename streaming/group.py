@@ -128,6 +128,8 @@ class Group:
     _ready: list[tuple[int, int]] = field(default_factory=list)
     _n_late_seen: int = 0
     _states_seen: "weakref.ref[IndexStates] | None" = None
+    # Something was skipped that is not below the stream's watermark, or nobody has looked.
+    _is_ahead: bool = True
     _changed_letters: set[int] = field(default_factory=set)
 
     # ---- handing out ------------------------------------------------------------------------------
@@ -165,9 +167,13 @@ class Group:
 
     def _take_waiting(self, states: IndexStates, watermark: int, member: str, deadline: float, n: int) -> list[Lease]:
         taken: list[Lease] = []
-        ready = self._ready
-        while ready and len(taken) < n and ready[0][1] < watermark:
-            index = heapq.heappop(ready)[1]
+        ready, beyond = self._ready, []
+        while ready and len(taken) < n:
+            entry = heapq.heappop(ready)
+            index = entry[1]
+            if index >= watermark:  # power failed, and the stream lost its last frames
+                beyond.append(entry)
+                continue
             last = self.waiting.pop(index, None)
             if last is None:
                 continue  # acknowledged a little late
@@ -179,6 +185,8 @@ class Group:
             lease = Lease(self._number, index, member, deadline, last.delivery + 1, last.is_late, last.excused)
             self._hold(lease)
             taken.append(lease)
+        for entry in beyond:
+            heapq.heappush(ready, entry)
         return taken
 
     def _take_new(self, states: IndexStates, watermark: int, member: str, deadline: float, n: int) -> list[Lease]:
@@ -217,11 +225,15 @@ class Group:
         """Let frames that were skipped, and can be read now, wait to be given.
 
         Another ``states`` of the same stream (a restart, or the run has ended and is read from its folder)
-        need not list them in the same order, or at all: then all that was skipped is looked at.
+        need not list them in the same order, or at all: then all that was skipped is looked at. And again while
+        the stream is behind the group, since it lost its last frames when power failed.
         """
         if self._states_seen is None or self._states_seen() is not states:
-            self._states_seen, self._n_late_seen = weakref.ref(states), 0
+            self._states_seen, self._n_late_seen, self._is_ahead = weakref.ref(states), 0, True
+        if self._is_ahead:
+            watermark = states.watermark
             self._look_back(states)
+            self._is_ahead = self.skipped.stop > watermark
         n_late = len(states.late_order)
         if n_late > self._n_late_seen:
             for index in states.late_order[self._n_late_seen : n_late]:
@@ -457,11 +469,18 @@ class Group:
     def is_drained(self, states: IndexStates) -> bool:
         """Nothing to hand out and nothing outstanding, as far as the stream goes now; dead letters do not count."""
         self._find_late(states)
-        return not self.leases and not self.waiting and not states.readable(self.cursor, states.watermark).size
+        watermark = states.watermark
+        return (
+            not self.leases
+            and not any(index < watermark for index in self.waiting)
+            and not states.readable(self.cursor, watermark).size
+        )
 
     def lag(self, states: IndexStates) -> int:
         """How many frames could be read and are not acknowledged yet."""
-        return len(self.leases) + len(self.waiting) + int(states.readable(self.cursor, states.watermark).size)
+        watermark = states.watermark
+        n_waiting = sum(index < watermark for index in self.waiting)
+        return len(self.leases) + n_waiting + int(states.readable(self.cursor, watermark).size)
 
     @property
     def is_busy(self) -> bool:

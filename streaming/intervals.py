@@ -75,6 +75,11 @@ class IntervalSet:
         bounds = np.frombuffer(self._bounds, np.int64) if self._bounds else np.empty(0, np.int64)
         return np.searchsorted(bounds, numbers, side="right") % 2 == 1
 
+    @property
+    def stop(self) -> int:
+        """Behind the highest number; 0 for an empty set."""
+        return self._bounds[-1] if self._bounds else 0
+
     def start_of(self, number: int) -> int | None:
         """Where the run begins that a number is in; None if it is in none."""
         at = bisect.bisect_right(self._bounds, number)

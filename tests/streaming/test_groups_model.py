@@ -8,6 +8,7 @@ service restarts in good order or is killed, and the run moves from the writer t
 
 import copy
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -164,6 +165,7 @@ class Promises:
     may_come_again: set[int] = field(default_factory=set)
     acknowledged: set[int] = field(default_factory=set)
     acknowledged_since_save: set[int] = field(default_factory=set)
+    saved: set[int] = field(default_factory=set)
     # What each member was given for the first time, in order.
     new_ones: dict[str, list[int]] = field(default_factory=lambda: {member: [] for member in (*MEMBERS, "last")})
 
@@ -197,6 +199,12 @@ class Promises:
 
     def save(self) -> None:
         self.may_come_again -= self.acknowledged_since_save
+        self.acknowledged_since_save.clear()
+        self.saved = set(self.may_come_again)
+
+    def crash(self, passed_since_save: Iterable[int]) -> None:
+        """What was passed since then was handed out, or skipped; what of the latter comes now, comes marked as well."""
+        self.may_come_again |= self.saved | set(passed_since_save)
         self.acknowledged_since_save.clear()
 
     def seek(self, index: int) -> None:
@@ -237,6 +245,7 @@ class GroupMachine(RuleBasedStateMachine):
     def choose_limit(self, limit):
         self.group.max_deliveries = limit
         self.plain.max_deliveries = limit
+        self.group.is_dirty = True  # on disk from the start; the first frames of a group save all of it
         self.save()
 
     # ---- the stream
@@ -395,7 +404,8 @@ class GroupMachine(RuleBasedStateMachine):
     # ---- the service
 
     def note_taken(self, leases):
-        """New frames are noted before they leave."""
+        """New frames are noted before they leave; what could not be read any more is new if it ever comes."""
+        self.promises.may_come_again -= set(self.plain.of("skipped"))
         if self.plain.is_more:
             self.note_saved()
         elif any(lease.delivery == 1 for lease in leases):
@@ -421,8 +431,7 @@ class GroupMachine(RuleBasedStateMachine):
         self.log.close()
         self.log = self.open_log()
         self.group = self.log.load(KEY)
-        # Passed since the last save: handed out, or skipped; what of the latter comes now, comes marked as well.
-        self.promises.may_come_again.update(range(self.saved.cursor, self.handed_out))
+        self.promises.crash(range(self.saved.cursor, self.handed_out))
         self.plain = self.saved.restarted(self.handed_out)
         for index in self.plain.of("waiting"):
             fate = self.plain.fates[index]
@@ -433,7 +442,17 @@ class GroupMachine(RuleBasedStateMachine):
         self.promises.open = {
             i: (f.number, 0.0) for i, f in self.plain.fates.items() if f.number and f.what in ("waiting", "dead")
         }
-        self.promises.acknowledged_since_save.clear()
+
+    @rule(n=st.integers(1, 6))
+    def power_fails(self, n):
+        """The last frames are gone, as if they had never come; some may come again."""
+        states, kept = IndexStates(), max(self.states.announced - n, 0)
+        for part in self.states.ranges(0, kept):
+            if part.state != "pending":
+                states.set(part.start, part.stop, FrameState[part.state], part.cause)
+        states.announce(kept)
+        self.states = states
+        self.service_restarts(is_killed=True)
 
     # ---- always
 

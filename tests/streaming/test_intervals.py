@@ -22,6 +22,7 @@ def test_behaves_as_a_set(changes):
     assert set(everything[runs.contains(everything)].tolist()) == numbers
     assert [i for start, stop in runs for i in range(start, stop)] == sorted(numbers)
     assert len(runs) == len(numbers)
+    assert runs.stop == max(numbers, default=-1) + 1
     assert bool(runs) == bool(numbers)
 
 

@@ -119,8 +119,9 @@ class Group:
     _max_deliveries: int = MAX_DELIVERIES
     # Counts from anywhere: no number of before a crash, or of another service, must ever come again.
     _number: int = field(default_factory=functools.partial(secrets.randbits, 62))
-    # Leases with a higher number are of the last take.
+    # Leases with a higher number are of the last take; from the first to the last of these they are of new frames.
     _number_before_take: int = 0
+    _new_numbers: tuple[int, int] = (0, -1)
     # Of the heaps, entries may be out of date: the tables above say what is true.
     _deadlines: list[tuple[float, int, int]] = field(default_factory=list)
     _delayed: list[tuple[float, int]] = field(default_factory=list)
@@ -151,6 +152,7 @@ class Group:
             heapq.heapify(self._deadlines)
         if again or new:
             self._number_before_take = number
+            self._new_numbers = (number + len(again) + 1, self._number)
         is_more = any(lease.delivery == 1 for lease in again)
         if self.persist and (new or is_more):
             self.persist(is_more)
@@ -252,6 +254,7 @@ class Group:
     def _give_late(self, index: int) -> None:
         self.skipped.discard(index, index + 1)
         self._let_wait(Lease(0, index, "", 0.0, 0, True))
+        self._new_numbers = (0, -1)
 
     # ---- coming back ------------------------------------------------------------------------------
 
@@ -314,14 +317,18 @@ class Group:
         if self.leases.get(lease.frame_index) is not lease:
             return
         del self.leases[lease.frame_index]
+        first, last = self._new_numbers
+        if lease.number == last >= first:
+            # Nothing beyond it is in anybody's hands (frames that do not fit are untaken from the end): step back.
+            self.skipped.discard(lease.frame_index, self.cursor)
+            self.cursor, self._new_numbers, self.is_dirty = lease.frame_index, (first, last - 1), True
+            return
         is_last = lease.number > self._number_before_take
         delivery, excused = (lease.delivery - 1, lease.excused) if is_last else (lease.delivery, lease.excused + 1)
         self._let_wait(Lease(0, lease.frame_index, "", 0.0, delivery, lease.is_late, excused))
 
-    def set_aside(self, lease: Lease | int, why: str = "its bytes are damaged") -> None:
+    def set_aside(self, lease: Lease, why: str) -> None:
         """Make a frame that nobody can be given (its bytes are damaged) a dead letter at once."""
-        if isinstance(lease, int):
-            lease = self.leases[lease]
         if self.leases.get(lease.frame_index) is lease:
             del self.leases[lease.frame_index]
             self._bury(lease, why)
@@ -529,22 +536,6 @@ class Group:
     def _is_current(self, entry: tuple[float, int, int]) -> bool:
         lease = self.leases.get(entry[2])
         return lease is not None and lease.number == entry[1]
-
-    # ---- one by one, for a server that does not take many at once yet ------------------------------
-
-    def next_index(self, states: IndexStates) -> int | None:
-        held = [lease for lease in self.leases.values() if not lease.member]
-        taken = held or self.take(states, "", 60.0, 1)
-        return taken[0].frame_index if taken else None
-
-    def lease(self, frame_index: int, member: str, lease_s: float) -> Lease:
-        old = self.leases[frame_index]
-        deadline = self.clock() + lease_s
-        self._hold(Lease(old.number, frame_index, member, deadline, old.delivery, old.is_late, old.excused))
-        return self.leases[frame_index]
-
-    def next_deadline(self) -> float | None:
-        return self.next_event()
 
     # ---- what outlives the process -----------------------------------------------------------------
 

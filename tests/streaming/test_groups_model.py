@@ -50,8 +50,11 @@ class PlainGroup:
     max_deliveries: int = 10
     fates: dict[int, Fate] = field(default_factory=dict)
     newest_take: set[int] = field(default_factory=set)
+    # (number, index) of its new frames, of which nothing is known to have left.
+    newest_new: list[tuple[int, int]] = field(default_factory=list)
     # Whether the last take gave a frame for the first time that the cursor had passed before.
     is_more: bool = False
+    n_again: int = 0
 
     def of(self, what: str) -> list[int]:
         return sorted(i for i, fate in self.fates.items() if fate.what == what)
@@ -73,6 +76,7 @@ class PlainGroup:
         for index in self.of("skipped"):
             if states.is_readable(index):
                 self.fates[index] = Fate("waiting", is_late=True)
+                self.newest_new = []
 
     def take(self, states: IndexStates, now: float, n: int) -> list[tuple[int, int, bool]]:
         """(index, delivery, is late) of each frame that must be leased, in order."""
@@ -89,6 +93,7 @@ class PlainGroup:
             else:
                 self.fates[index] = Fate("skipped")
         self.is_more = any(self.fates[i].delivery == 0 for i in taken)
+        self.n_again = len(taken)
         while len(taken) < n and self.cursor < states.watermark:
             self.fates[self.cursor] = Fate("waiting" if states.is_readable(self.cursor) else "skipped")
             if states.is_readable(self.cursor):
@@ -104,6 +109,7 @@ class PlainGroup:
             )
         if leases:
             self.newest_take = {lease.number for lease in leases}
+            self.newest_new = [(lease.number, lease.frame_index) for lease in leases[self.n_again :]]
 
     def acknowledge(self, index: int, number: int) -> bool:
         fate = self.fates.get(index)
@@ -119,6 +125,12 @@ class PlainGroup:
             self.come_back(index, replace(fate, number=0, until=until, excused=excused))
 
     def untake(self, lease: Lease) -> None:
+        if self.newest_new[-1:] == [(lease.number, lease.frame_index)]:
+            self.newest_new.pop()
+            for index in range(lease.frame_index, self.cursor):
+                del self.fates[index]
+            self.cursor = lease.frame_index
+            return
         fate = self.fates[lease.frame_index]
         is_newest = lease.number in self.newest_take
         self.fates[lease.frame_index] = replace(
@@ -148,7 +160,7 @@ class PlainGroup:
         for index in range(new.cursor, handed_out):
             new.fates[index] = Fate("waiting", delivery=1, excused=1)
         new.cursor = max(new.cursor, handed_out)
-        new.newest_take = set()
+        new.newest_take, new.newest_new = set(), []
         return new
 
 
@@ -321,6 +333,19 @@ class GroupMachine(RuleBasedStateMachine):
         else:
             with pytest.raises(StaleLease, match=f"frame {index} "):
                 self.group.acknowledge(index, number)
+
+    def stale(self) -> list[tuple[int, int]]:
+        """Leases of frames that are, or will be, somebody else's."""
+        fates = self.plain.fates
+        return [(i, number) for i, number in self.numbers if i in fates and fates[i].number not in (number, 0)]
+
+    @precondition(lambda self: self.stale())
+    @rule(data=st.data())
+    def stale_member_speaks_up(self, data):
+        index, number = data.draw(st.sampled_from(self.stale()))
+        with pytest.raises(StaleLease, match=f"lease on frame {index} has run out"):
+            self.group.acknowledge(index, number)
+        self.group.give_back(index, number)
 
     @precondition(lambda self: self.plain.of("leased"))
     @rule(data=st.data())

@@ -142,6 +142,19 @@ def test_busy_while_something_is_under_way_or_unsaved():
     assert not group.is_busy, "a member that is gone for good keeps no group in memory"
 
 
+def test_memory_follows_what_is_outstanding_not_what_has_passed():
+    """A million frames with leases of an hour: neither leases nor the heap of their ends pile up."""
+    group, states = group_on(1_000_000)
+    most = 0
+    held = []
+    while leases := group.take(states, "m", 3600, 2000):
+        for lease in held:
+            group.acknowledge(lease.frame_index, lease.number)
+        held = leases
+        most = max(most, len(group.leases), len(group._deadlines), len(group._ready))
+    assert most < 20_000
+
+
 def test_members_and_a_writer_at_once():
     """The writer goes on while members take: gaps, frames that come after all, and the end."""
     group, states, n = Group(), IndexStates(), 20_000

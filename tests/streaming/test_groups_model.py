@@ -395,6 +395,15 @@ class GroupMachine(RuleBasedStateMachine):
             self.promises.may_come_again.add(lease.frame_index)
             assert self.group.dead_letters[lease.frame_index].why == "its checksum is wrong"
 
+    @rule()
+    def member_asks_for_the_end(self):
+        self.plain.notice_late(self.states)
+        below = range(self.states.watermark)
+        outstanding = self.plain.of("leased") + [i for i in self.plain.of("waiting") if i in below]
+        to_come = [i for i in below if i >= self.plain.cursor and self.states.is_readable(i)]
+        assert self.group.is_drained(self.states) is not bool(outstanding + to_come)
+        assert self.group.lag(self.states) == len(outstanding + to_come)
+
     # ---- somebody who looks after groups
 
     @precondition(lambda self: self.plain.of("dead"))
@@ -484,6 +493,7 @@ class GroupMachine(RuleBasedStateMachine):
     @invariant()
     def tables_agree(self):
         group, plain = self.group, self.plain
+        assert group.cursor == plain.cursor
         assert sorted(group.leases) == plain.of("leased")
         assert sorted(group.dead_letters) == plain.of("dead")
         assert sorted(i for i in group.waiting if group.waiting[i].delivery) == [

@@ -1,6 +1,7 @@
 """What the analysis of a frame costs: kernel by kernel in one thread, and a whole chunk in two."""
 
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tasks.process_chunk import process_chunk
 from tasks.recipe import Recipe, crystallography
 from tasks.unit_cell import UnitCell
 
-__all__ = ["N_THREADS", "measure", "recipe_for"]
+__all__ = ["N_THREADS", "measure", "measure_sizes", "recipe_for"]
 
 N_THREADS = 2
 _FEWEST_PEAKS = 15
@@ -31,8 +32,12 @@ _PUBLISHED_MS = {"blank": 242.0, "hit": 455.0}
 
 
 def measure(options: Options) -> list[Figure]:
-    sizes = ["1M", "4M", "16M"] if options.full else [options.size]
-    return [one for size in sizes for one in [*_of_frames(options, size), *_of_chunk(options, size)]]
+    return [*_of_frames(options, options.size), *_of_chunk(options, options.size)]
+
+
+def measure_sizes(options: Options) -> list[Figure]:
+    """The same for a small and a large detector."""
+    return [one for size in ("1M", "16M") for one in measure(replace(options, size=size))]
 
 
 def recipe_for(frames: FrameSet) -> Recipe:

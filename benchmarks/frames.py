@@ -68,14 +68,12 @@ class Options:
     """How much is measured, and where.
 
     size : of the detector, see `streaming.simulator`. folder : on the disk to be measured.
-    quick : fewer frames and rounds, to see that it works. full : further detector sizes, and what takes
-        minutes: 60 s without a loss, 10 GB past a stalled group.
+    quick : fewer frames and rounds, to see that it works.
     """
 
     folder: Path
     size: str = "4M"
     quick: bool = False
-    full: bool = False
 
     def choose(self, quick: int, normal: int) -> int:
         """A count by thoroughness."""

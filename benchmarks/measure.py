@@ -4,16 +4,32 @@ Two figures taken minutes apart cannot be compared on a machine that does other 
 belongs together runs in turn, round after round, and a ratio is the median of the rounds' ratios.
 """
 
+import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Figure", "Rounds", "Target", "absent", "clock", "figure", "interleave", "percentile", "rates"]
+__all__ = [
+    "Figure",
+    "Rounds",
+    "Target",
+    "absent",
+    "clock",
+    "figure",
+    "in_rounds",
+    "interleave",
+    "percentile",
+    "rates",
+]
+
+log = logging.getLogger("benchmarks")
 
 Rounds = dict[str, list[float]]
+# A median of fewer says little.
+_FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -65,14 +81,27 @@ def clock(function: Callable[[], object], n: int = 1) -> Callable[[], float]:
     return once
 
 
-def interleave(rounds: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True) -> Rounds:
+def in_rounds(repeats: int, within_s: float = math.inf) -> Iterator[int]:
+    """0 to repeats - 1, one for each round; after ``within_s`` no further one begins, but three there are."""
+    started = time.monotonic()
+    for number in range(repeats):
+        if number >= _FEWEST_ROUNDS and time.monotonic() - started > within_s:
+            log.info("no time for more than %d of %d rounds", number, repeats)
+            return
+        yield number
+        log.info("round %d of %d, %.0f s", number + 1, repeats, time.monotonic() - started)
+
+
+def interleave(
+    rounds: Mapping[str, Callable[[], float]], repeats: int, *, warm_up: bool = True, within_s: float = math.inf
+) -> Rounds:
     """Run everything once per round, in an order that turns with each round: the numbers by name."""
     names = list(rounds)
     if warm_up:
         for name in names:
             rounds[name]()
     results: Rounds = {name: [] for name in names}
-    for number in range(repeats):
+    for number in in_rounds(repeats, within_s):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             results[name].append(rounds[name]())

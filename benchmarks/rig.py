@@ -5,13 +5,16 @@ ledger, or there are no figures.
 """
 
 import json
+import logging
+import math
 import os
+import pickle
 import shutil
 import struct
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,22 @@ from nearline.children import Children, free_port
 from storage.errors import RunNotFound, StreamNotFound
 from streaming.client import is_reachable
 from streaming.retrieval import Stream, open_run
+from streaming.security import service_folder
+from streaming.security.curve import announced_key
 
-__all__ = ["GROUP", "PATIENCE_S", "Drained", "Rig"]
+__all__ = ["BUFFER_BYTES", "GROUP", "PATIENCE_S", "QUICK_BUFFER_BYTES", "Drained", "Rig"]
+
+log = logging.getLogger("benchmarks")
 
 PATIENCE_S = 60.0
+# The service's memory for frames: what `nearline serve` takes by default, and less that is full soon.
+BUFFER_BYTES, QUICK_BUFFER_BYTES = 512 << 20, 64 << 20
+# So much of it passes before anything is measured.
+_TO_FILL = 1.1
 GROUP = "bench"
 # The detector of the service, and the one whose messages the bare loop takes.
 _OF_SERVICE, _OF_BARE = 0, 1
+_ROOT = "NEARLINE_ROOT"
 # Start and end of a series are messages too.
 _NOT_IMAGES = 2
 
@@ -46,12 +58,22 @@ class Drained:
 class Rig(AbstractContextManager["Rig"]):
     """Service, sender, relay and bare loop as processes; a series each time one is asked for.
 
-    buffer_gib : the service's memory for frames. sync_s : the bare loop syncs its file so often; 0 never.
+    buffer_bytes : the service's memory for frames. sync_s : the bare loop syncs its file so often; 0 never.
+    encrypts : the service speaks CURVE; until `close`, clients in this process find its key by NEARLINE_ROOT.
     """
 
-    def __init__(self, folder: Path, workload: Workload, *, buffer_gib: float = 2.0, sync_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        workload: Workload,
+        *,
+        buffer_bytes: int = BUFFER_BYTES,
+        sync_s: float = 0.0,
+        encrypts: bool = False,
+    ) -> None:
         self.root, self.workload, self.frames = folder / "data", workload, workload.frames()
         self.root.mkdir(parents=True)
+        self.buffer_bytes, self._encrypts, self._root_before = buffer_bytes, encrypts, os.environ.get(_ROOT)
         self.children, self._n_runs = Children(folder / "logs"), 0
         self.service, control, serving, relayed, *ends = (f"tcp://127.0.0.1:{free_port()}" for _ in range(8))
         detectors, pushes = ends[:2], ends[2:]
@@ -61,21 +83,29 @@ class Rig(AbstractContextManager["Rig"]):
         self._control.bind(control)
         self._pulls = [_pull(endpoint) for endpoint in (pushes[0], relayed)]
         self._bare = BareLoop(serving)
-        told = {"control": control, "service": self.service, "detectors": detectors, "pushes": pushes}
+        frames = folder / "frames.pickle"
+        frames.write_bytes(pickle.dumps(self.frames))
+        told = {
+            "control": control, "service": self.service, "detectors": detectors, "pushes": pushes, "frames": str(frames)
+        }  # fmt: skip
         serve = ["--root", str(self.root), "--bind", self.service, "--source", f"{SOURCE}={detectors[_OF_SERVICE]}"]
         bare = [detectors[_OF_BARE], serving, str(folder / "bare"), str(sync_s)]
         commands = {
-            "service": ["nearline.cli", "serve", *serve, "--buffer", str(buffer_gib)],
-            "sender": ["benchmarks.sender", json.dumps(told | asdict(workload))],
+            "service": ["nearline.cli", "serve", *serve, "--buffer", str(buffer_bytes / 2**30)],
+            "sender": ["benchmarks.sender", json.dumps(told)],
             "relay": ["benchmarks.relay", pushes[1], relayed],
             "bare": ["benchmarks.bare", *bare],
         }
+        commands["service"] += ["--encrypt"] if encrypts else []
         for name, command in commands.items():
-            self.children.start(name, command, os.environ)
+            self.children.start(name, command, os.environ | {_ROOT: str(self.root)})
 
     def __enter__(self) -> "Rig":
         try:
             self._wait_until(lambda: is_reachable(self.service))
+            if self._encrypts:
+                self._wait_until(lambda: announced_key(service_folder(self.root), self.service) is not None)
+                os.environ[_ROOT] = str(self.root)
         except BaseException:
             self.close()
             raise
@@ -90,6 +120,22 @@ class Rig(AbstractContextManager["Rig"]):
         for pull in self._pulls:
             pull.close(linger=0)
         self.children.stop_all()
+        if self._encrypts:
+            os.environ.pop(_ROOT, None)
+            if self._root_before is not None:
+                os.environ[_ROOT] = self._root_before
+
+    def warm_up(self) -> None:
+        """Fill the service's memory, and send as much through the bare loop: what follows is their steady state."""
+        self.bare(self.fill())
+
+    def fill(self) -> int:
+        """Send frames until the service must give up old ones for each new one: how many these were."""
+        n_unique = len(self.frames.blobs)
+        n = math.ceil(_TO_FILL * self.buffer_bytes / (self.frames.total_bytes(n_unique) / n_unique))
+        self.series(n)
+        log.info("the service's memory is full after %d frames", n)
+        return n
 
     # ---- through the service --------------------------------------------------------------------
 

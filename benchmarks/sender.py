@@ -5,16 +5,18 @@ with the monotonic time (ns, the same clock for all processes of a host) of its 
 """
 
 import json
+import pickle
 import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from benchmarks import jetstream, redis_streams
-from benchmarks.frames import EXPERIMENT, METADATA, SMALL_BLOBS, SOURCE, FrameSet, Workload
+from benchmarks.frames import EXPERIMENT, METADATA, SMALL_BLOBS, SOURCE, FrameSet
 from storage.models import StreamHeader
 from streaming.producer import Producer, RunProducer
 from streaming.simulator import DectrisStreamSender
@@ -25,8 +27,6 @@ __all__ = ["HIGH_WATER_MARK", "SENT_NS"]
 HIGH_WATER_MARK = 32
 SENT_NS = "sent_ns"
 _NS = struct.Struct("<q")
-# Frames in one request of the producer.
-_FRAMES_A_PUT = 8
 
 
 class _Detector:
@@ -68,28 +68,28 @@ class _Detector:
 class _Sender:
     """What can be told to do; each method answers with what the consumer must know."""
 
-    def __init__(self, workload: Workload, service: str, detectors: Sequence[str], pushes: Sequence[str]) -> None:
-        self._workload, self._service = workload, service
+    def __init__(self, frames: FrameSet, service: str, detectors: Sequence[str], pushes: Sequence[str]) -> None:
+        self._frames, self._service = frames, service
         self._detectors = [_Detector(endpoint) for endpoint in detectors]
         self._pushes = [_bound_push(endpoint) for endpoint in pushes]
         self._run: RunProducer | None = None
 
     def start(self, detector: int, run: int, n: int) -> dict[str, Any]:
-        self._detectors[detector].start(self._workload.frames(), run, n)
+        self._detectors[detector].start(self._frames, run, n)
         return {}
 
     def images(self, detector: int, n: int, rate: float) -> dict[str, Any]:
         """The series to its end; at a given rate each image tells when it was sent."""
         first_ns = time.monotonic_ns()
         if rate:
-            self._detectors[detector].images_at(rate, self._workload.frames(), n)
+            self._detectors[detector].images_at(rate, self._frames, n)
         else:
             self._detectors[detector].images(n)
         return {"first_ns": first_ns}
 
     def raw(self, n: int, rate: float, hops: int) -> dict[str, Any]:
         """The same blobs as they are, each behind its time of sending; to the consumer (1 hop) or the relay (2)."""
-        push, frames, first_ns = self._pushes[hops - 1], self._workload.frames(), time.monotonic_ns()
+        push, frames, first_ns = self._pushes[hops - 1], self._frames, time.monotonic_ns()
         for index in _on_schedule(rate, n):
             push.send(_NS.pack(time.monotonic_ns()), zmq.SNDMORE)
             push.send(frames.blob(index), copy=False)
@@ -98,7 +98,7 @@ class _Sender:
     def start_frames(self, run: int, n: int, ack: str) -> dict[str, Any]:
         """A run of frames from a producer."""
         self._run = self._producer(ack).run(run, planned=n)
-        self._run.start(self._workload.frames().header(run, n, 100))
+        self._run.start(self._frames.header(run, n, 100))
         return {}
 
     def start_rows(self, run: int, n: int, ack: str) -> dict[str, Any]:
@@ -109,22 +109,23 @@ class _Sender:
         return {}
 
     def frames(self, n: int, rate: float) -> dict[str, Any]:
-        """The producer's frames to its run's end; acknowledged, and at a rate with their time of sending."""
-        run, frames, first_ns = self._open_run(), self._workload.frames(), time.monotonic_ns()
-        if rate:
-            for index in _on_schedule(rate, n):
-                run.send(frames.blob(index), meta={SENT_NS: time.monotonic_ns()})
-        else:
-            for start in range(0, n, _FRAMES_A_PUT):
-                run.send_many([(i, frames.blob(i), {}) for i in range(start, min(start + _FRAMES_A_PUT, n))])
+        """The producer's frames to its run's end, many under way; all acknowledged, and at a rate with their times."""
+        run, frames, first_ns = self._open_run(), self._frames, time.monotonic_ns()
+        for index in _on_schedule(rate, n):
+            run.put(frames.blob(index), meta={SENT_NS: time.monotonic_ns()} if rate else None)
+        run.flush()
         run.finish()
         return {"first_ns": first_ns}
 
-    def rows(self, n: int, at_once: int) -> dict[str, Any]:
-        """Rows of 1 kB, so many in a request (1: each waits for its own answer): when the last was acknowledged."""
+    def rows(self, n: int, one_by_one: bool) -> dict[str, Any]:
+        """Rows of 1 kB, many under way or each waiting for its own answer: when the last was acknowledged."""
         run, first_ns = self._open_run(), time.monotonic_ns()
-        for start in range(0, n, at_once):
-            run.send_many([(i, None, METADATA) for i in range(start, min(start + at_once, n))])
+        for _ in range(n):
+            if one_by_one:
+                run.send(None, meta=METADATA)
+            else:
+                run.put(None, meta=METADATA)
+        run.flush()
         last_ns = time.monotonic_ns()
         run.finish()
         return {"first_ns": first_ns, "last_ns": last_ns}
@@ -136,7 +137,7 @@ class _Sender:
         return jetstream.send(port, self._blobs(small), n)
 
     def _blobs(self, small: bool) -> Sequence[bytes]:
-        return SMALL_BLOBS if small else self._workload.frames().blobs
+        return SMALL_BLOBS if small else self._frames.blobs
 
     def _producer(self, ack: str) -> Producer:
         return Producer(self._service, EXPERIMENT, SOURCE, ack=ack)  # type: ignore[arg-type]
@@ -162,10 +163,11 @@ def _bound_push(endpoint: str) -> "zmq.Socket[bytes]":
     return push
 
 
-def main(control: str, service: str, detectors: Sequence[str], pushes: Sequence[str], **workload: Any) -> None:
+def main(control: str, service: str, detectors: Sequence[str], pushes: Sequence[str], frames: str) -> None:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
     socket.connect(control)
-    sender = _Sender(Workload(**workload), service, detectors, pushes)
+    # Simulated by whoever started this: it takes seconds, and both need the same.
+    sender = _Sender(pickle.loads(Path(frames).read_bytes()), service, detectors, pushes)
     while True:
         command: dict[str, Any] = socket.recv_json()  # type: ignore[assignment]
         what = command.pop("do")

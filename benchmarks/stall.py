@@ -5,18 +5,14 @@ from dataclasses import dataclass, field
 
 from benchmarks.frames import FramesLost, Options, WorkFolder, Workload
 from benchmarks.measure import Figure, Target, figure, interleave, rates
-from benchmarks.rig import PATIENCE_S, Rig
+from benchmarks.rig import BUFFER_BYTES, PATIENCE_S, QUICK_BUFFER_BYTES, Rig
 from streaming.retrieval import Stream
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_long"]
 
-_BUFFER_BYTES = 512 << 20
 # What the service may take in memory beside its buffer.
 _BESIDE_BYTES = 400_000_000
-_QUICK_BYTES, _BYTES, _FULL_BYTES = 1_000_000_000, 2_000_000_000, 10_000_000_000
-_MOST_QUICK_FRAMES = 1000
-_WARM_UP_FRAMES = 20
-_MEMORY = Target("at most", (_BUFFER_BYTES + _BESIDE_BYTES) / 1e6)
+_QUICK_BYTES, _BYTES, _MOST_BYTES = 200_000_000, 2_000_000_000, 10_000_000_000
 _UNAFFECTED = Target("of limit", 0.9)
 _NONE_LOST = Target("at most", 0.0)
 
@@ -31,19 +27,30 @@ class _Seen:
 
 
 def measure(options: Options) -> list[Figure]:
-    workload, seen = Workload(options.size), _Seen()
-    n = _n_frames(options, workload)
-    with WorkFolder(options, "stall") as folder, Rig(folder, workload, buffer_gib=_BUFFER_BYTES / 2**30) as rig:
-        rig.series(_WARM_UP_FRAMES)
+    """2 GB past the stalled group, in several rounds."""
+    return _measure(options, options.choose(_QUICK_BYTES, _BYTES), options.choose(1, 3))
+
+
+def measure_long(options: Options) -> list[Figure]:
+    """10 GB, once."""
+    return _measure(options, options.choose(_QUICK_BYTES, _MOST_BYTES), 1)
+
+
+def _measure(options: Options, n_bytes: int, repeats: int) -> list[Figure]:
+    workload, seen = Workload(options.size, n_unique=options.choose(8, 32)), _Seen()
+    buffer_bytes = options.choose(QUICK_BUFFER_BYTES, BUFFER_BYTES)
+    with WorkFolder(options, "stall") as folder, Rig(folder, workload, buffer_bytes=buffer_bytes) as rig:
+        rig.fill()
+        n = n_bytes * len(rig.frames.blobs) // rig.frames.total_bytes(len(rig.frames.blobs))
         ways = {"alone": lambda: _alone(rig, n, seen), "beside": lambda: _beside_a_stalled_one(rig, n, seen)}
-        t = interleave(ways, 1 if options.quick or options.full else 3, warm_up=False)
+        t = interleave(ways, repeats, warm_up=False)
         gigabytes = rig.frames.total_bytes(n) / 1e9
     what = f"a group stalled for {gigabytes:.1f} GB: "
     nobody, behind = "nobody stalled", rates(n, seen.catching_up_s)
     return [
         figure(
-            f"{what}peak memory, buffer {_BUFFER_BYTES >> 20} MiB", "MB", seen.peak_mb, (nobody, seen.peak_alone_mb),
-            higher_is_better=False, target=_MEMORY,
+            f"{what}peak memory, buffer {buffer_bytes >> 20} MiB", "MB", seen.peak_mb, (nobody, seen.peak_alone_mb),
+            higher_is_better=False, target=Target("at most", (buffer_bytes + _BESIDE_BYTES) / 1e6),
         ),
         figure(
             f"{what}the other group", "frames/s", rates(n, t["beside"]), (nobody, rates(n, t["alone"])),
@@ -52,14 +59,6 @@ def measure(options: Options) -> list[Figure]:
         figure(f"{what}it catches up afterwards", "frames/s", behind, higher_is_better=True),
         figure(f"{what}frames lost", "frames", [0.0], higher_is_better=False, target=_NONE_LOST),
     ]  # fmt: skip
-
-
-def _n_frames(options: Options, workload: Workload) -> int:
-    frames = workload.frames()
-    mean_bytes = frames.total_bytes(len(frames.blobs)) // len(frames.blobs)
-    if options.quick:
-        return min(_QUICK_BYTES // mean_bytes, _MOST_QUICK_FRAMES)
-    return (_FULL_BYTES if options.full else _BYTES) // mean_bytes
 
 
 def _alone(rig: Rig, n: int, seen: _Seen) -> float:

@@ -1,25 +1,30 @@
 """Sender to consumer through the service, three processes over TCP loopback, beside limits and peers.
 
 The service receives, checks, journals and serves; a consumer group of one drains at once. In turn
-with it, round after round, the same frames go through: a bare loop of three threads that
-receives, writes and serves; bare PUSH and PULL in one hop and, through a relay, in two; a plain
-file; and the peers, Redis Streams and NATS JetStream.
+with it, round after round, the same frames go through: a service that encrypts; bare loops of
+three threads that receive, write and serve, one of them syncing its file; bare PUSH and PULL in one
+hop and, through a relay, in two; a plain file; and the peers, Redis Streams and NATS JetStream.
 """
 
+import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.frames import FrameSet, Options, WorkFolder, Workload
-from benchmarks.measure import Figure, Rounds, Target, absent, figure, interleave, percentile, rates
+from benchmarks.measure import Figure, Rounds, Target, absent, figure, in_rounds, interleave, percentile, rates
 from benchmarks.peers import Peer, started_peers
-from benchmarks.rig import Rig
+from benchmarks.rig import BUFFER_BYTES, QUICK_BUFFER_BYTES, Drained, Rig
 from benchmarks.store import write_plainly
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_large", "measure_large_long", "measure_long"]
+
+log = logging.getLogger("benchmarks")
 
 _RATE = 100.0
 _STD_DAQ_GB_PER_CORE_S = 1.0
@@ -34,9 +39,26 @@ _NONE_LOST = Target("at most", 0.0)
 _WAYS = {
     "detector": "detector: ingest + store + drain",
     "stored": "producer, stored, plain: ingest + store + drain",
+    "durable": "producer, durable, plain: ingest + store + drain",
+    "stored, CURVE": "producer, stored, CURVE: ingest + store + drain",
+    "durable, CURVE": "producer, durable, CURVE: ingest + store + drain",
 }
-_PRODUCERS = ("stored",)
-_DURABLE: tuple[str, ...] = ()
+# What stands beside each way, as durable as it is; nothing there encrypts.
+_BARE = {
+    "detector": "bare",
+    "stored": "bare",
+    "durable": "bare, synced",
+    "stored, CURVE": "bare",
+    "durable, CURVE": "bare, synced",
+}
+# How often a service syncs what is to be durable, and so the loop beside it.
+_SYNC_S = 0.1
+_BARE_NAMES = {
+    "bare": "bare loop: receive, write, serve",
+    "bare, synced": f"bare loop, synced every {1000 * _SYNC_S:g} ms",
+}
+# No further round begins after so long.
+_WITHIN_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -48,50 +70,94 @@ class _Size:
     title: str
 
 
+@dataclass(frozen=True)
+class _Rigs:
+    """Two of each, started once: one service encrypts, and the bare loop beside it syncs."""
+
+    plain: Rig
+    curve: Rig
+
+
 def measure(options: Options) -> list[Figure]:
-    size = _Size(Workload(options.size), options.choose(40, 400), "")
-    large = _Size(Workload("16M", "uint32", 8), options.choose(40, 100), "16M uint32: ")
-    return [one for each in ([size, large] if options.full else [size]) for one in _of_size(options, each)]
+    """Throughput and latency of detector frames of the size asked for."""
+    size = _usual(options)
+    with WorkFolder(options, "wire") as folder, _started(options, folder, size) as rigs:
+        figures = _of_size(options, rigs, folder, size)
+        return [*figures, *_latency(options, rigs.plain, options.choose(40, 300))]
 
 
-def _of_size(options: Options, size: _Size) -> list[Figure]:
+def measure_large(options: Options) -> list[Figure]:
+    """Throughput of frames of 16 million pixels of 32 bits."""
+    size = _large(options)
+    with WorkFolder(options, "wire-16M") as folder, _started(options, folder, size) as rigs:
+        return _of_size(options, rigs, folder, size)
+
+
+def measure_long(options: Options) -> list[Figure]:
+    """A minute without a pause."""
+    return _without_a_pause(options, _usual(options))
+
+
+def measure_large_long(options: Options) -> list[Figure]:
+    """A minute without a pause, of large frames."""
+    return _without_a_pause(options, _large(options))
+
+
+def _usual(options: Options) -> _Size:
+    return _Size(Workload(options.size, n_unique=options.choose(8, 32)), options.choose(40, 400), "")
+
+
+def _large(options: Options) -> _Size:
+    return _Size(Workload("16M", "uint32", options.choose(2, 8)), options.choose(10, 100), "16M uint32: ")
+
+
+@contextmanager
+def _started(options: Options, folder: Path, size: _Size) -> Iterator[_Rigs]:
+    buffer_bytes = options.choose(QUICK_BUFFER_BYTES, BUFFER_BYTES)
     with (
-        WorkFolder(options, "wire") as folder,
-        Rig(folder, size.workload) as rig,
-        started_peers(rig, folder) as peers,
+        Rig(folder / "plain", size.workload, buffer_bytes=buffer_bytes) as plain,
+        Rig(folder / "curve", size.workload, buffer_bytes=buffer_bytes, sync_s=_SYNC_S, encrypts=True) as curve,
     ):
-        t, cpu_ms = _rounds(options, rig, peers, size.n)
-        figures = _throughput(rig, size, t, cpu_ms, peers)
-        if options.full:
-            figures += _long(rig, size, max(rates(size.n, t["detector"])), options.choose(3, 60))
-        if not size.title:
-            figures += _latency(options, rig, options.choose(40, 300))
-        return figures
+        plain.warm_up()
+        curve.warm_up()
+        yield _Rigs(plain, curve)
 
 
-def _rounds(options: Options, rig: Rig, peers: list[Peer], n: int) -> tuple[Rounds, list[float]]:
-    """s a series by contender, and the service's CPU time a frame, ms."""
-    cpu_ms: list[float] = []
+def _of_size(options: Options, rigs: _Rigs, folder: Path, size: _Size) -> list[Figure]:
+    with started_peers(rigs.plain, folder) as peers:
+        t, cpu_ms = _rounds(options, rigs, peers, size.n)
+    return _throughput(rigs.plain.frames, size, t, cpu_ms, peers)
 
-    def through_service() -> float:
-        before = rig.service_cpu_s()
-        seconds = rig.series(n).seconds
-        cpu_ms.append(1e3 * (rig.service_cpu_s() - before) / n)
-        return seconds
+
+def _rounds(options: Options, rigs: _Rigs, peers: list[Peer], n: int) -> tuple[Rounds, Rounds]:
+    """s a series by contender, and CPU time of the service a frame, ms, by way through it."""
+    plain, curve, cpu_ms = rigs.plain, rigs.curve, dict[str, list[float]]()
+
+    def through(way: str, rig: Rig, series: Callable[[], Drained]) -> Callable[[], float]:
+        def once() -> float:
+            before = rig.service_cpu_s()
+            seconds = series().seconds
+            cpu_ms.setdefault(way, []).append(1e3 * (rig.service_cpu_s() - before) / n)
+            return seconds
+
+        return once
 
     ways: dict[str, Callable[[], float]] = {
-        "detector": through_service,
-        "bare": lambda: rig.bare(n).seconds,
-        "stored": lambda: rig.produced(n).seconds,
-        "one hop": lambda: rig.raw(n, 1).seconds,
-        "two hops": lambda: rig.raw(n, 2).seconds,
-        "file": lambda: write_plainly(rig.root, rig.frames, n, sync=False),
-        "memcpy": lambda: _copy(rig.frames, n),
+        "detector": through("detector", plain, lambda: plain.series(n)),
+        "bare": lambda: plain.bare(n).seconds,
+        "stored": through("stored", plain, lambda: plain.produced(n)),
+        "durable": through("durable", plain, lambda: plain.produced(n, ack="durable")),
+        "bare, synced": lambda: curve.bare(n).seconds,
+        "stored, CURVE": through("stored, CURVE", curve, lambda: curve.produced(n)),
+        "durable, CURVE": through("durable, CURVE", curve, lambda: curve.produced(n, ack="durable")),
+        "one hop": lambda: plain.raw(n, 1).seconds,
+        "two hops": lambda: plain.raw(n, 2).seconds,
+        "file": lambda: write_plainly(plain.root, plain.frames, n, sync=False),
+        "memcpy": lambda: _copy(plain.frames, n),
     }
     ways |= {peer.name: _series_of(peer, n) for peer in peers if peer.at_once}
-    repeats = options.choose(2, 7)
-    t = interleave(ways, repeats)
-    return t, cpu_ms[-repeats:]  # without the warm-up
+    t = interleave(ways, options.choose(1, 7), within_s=_WITHIN_S)
+    return t, {way: values[1:] for way, values in cpu_ms.items()}  # without the warm-up
 
 
 def _series_of(peer: Peer, n: int) -> Callable[[], float]:
@@ -110,57 +176,83 @@ def _copy(frames: FrameSet, n: int) -> float:
     return time.perf_counter() - started
 
 
-def _throughput(rig: Rig, size: _Size, t: Rounds, cpu_ms: list[float], peers: list[Peer]) -> list[Figure]:
-    n, title = size.n, size.title
-    per_second = {name: rates(n, seconds) for name, seconds in t.items()}
-    lower = [min(pair) for pair in zip(per_second["one hop"], per_second["file"], strict=True)]
-    one_after_other = rates(n, [a + b for a, b in zip(t["two hops"], t["file"], strict=True)])
-    bare = ("bare loop: receive, write, serve", per_second["bare"])
-    raw = ("lower of raw ZMQ and plain file write", lower)
+def _throughput(frames: FrameSet, size: _Size, t: Rounds, cpu_ms: Rounds, peers: list[Peer]) -> list[Figure]:
+    title = size.title
+    per_second = {name: rates(size.n, seconds) for name, seconds in t.items()}
+    raw = (
+        "lower of raw ZMQ and plain file write",
+        [min(pair) for pair in zip(per_second["one hop"], per_second["file"], strict=True)],
+    )
 
     def row(way: str, limit: tuple[str, Sequence[float]] | None, target: Target | None = None) -> Figure:
         name = f"{title}{_WAYS[way]}"
         return figure(name, "frames/s", per_second[way], limit, higher_is_better=True, target=target)
 
-    figures = [row("detector", bare, _OF_BARE), row("detector", raw, _OF_RAW)]
+    figures = []
+    for way, bare in _BARE.items():
+        is_plain, is_durable = "CURVE" not in way, "durable" in way
+        beside = (_BARE_NAMES[bare], per_second[bare])
+        figures.append(row(way, beside, _OF_BARE if is_plain else None))
+        if not is_plain:
+            figures.append(row(way, ("the same, plain", per_second["durable" if is_durable else "stored"])))
+        elif not is_durable:
+            figures.append(row(way, raw, _OF_RAW))
+        if is_plain and way != "detector":
+            figures += [
+                row(way, _beside_peer(peer, per_second), _AHEAD) for peer in peers if peer.is_durable == is_durable
+            ]
     if not title:
-        figures.append(row("detector", None, _AIM))
-    for limit, values in (
+        figures.insert(0, row("detector", None, _AIM))
+    figures += [row("detector", limit) for limit in _simple_limits(size.n, t, per_second)]
+    return [*figures, *_cost(frames, size, per_second["detector"], cpu_ms)]
+
+
+def _beside_peer(peer: Peer, per_second: Rounds) -> tuple[str, Sequence[float]]:
+    return (peer.name, per_second[peer.name]) if peer.at_once else absent(peer.name, peer.why_not)
+
+
+def _simple_limits(n: int, t: Rounds, per_second: Rounds) -> list[tuple[str, Sequence[float]]]:
+    """Each thing that must be done, done alone."""
+    one_after_other = rates(n, [a + b for a, b in zip(t["two hops"], t["file"], strict=True)])
+    return [
         ("raw ZMQ, one hop, nothing stored", per_second["one hop"]),
         ("raw ZMQ relay, two hops, nothing stored", per_second["two hops"]),
         ("plain file write alone", per_second["file"]),
         ("relay, then file write", one_after_other),
         ("memcpy of the blobs", per_second["memcpy"]),
-    ):
-        figures.append(row("detector", (limit, values)))
-    for way in _PRODUCERS:
-        figures += [row(way, bare, _OF_BARE), row(way, raw, _OF_RAW)]
-        for peer in peers:
-            if peer.is_durable == (way in _DURABLE):
-                limit = (peer.name, per_second[peer.name]) if peer.at_once else absent(peer.name, peer.why_not)
-                figures.append(row(way, limit, _AHEAD))
-    gigabytes = rig.frames.total_bytes(n) / n / 1e9
+    ]
+
+
+def _cost(frames: FrameSet, size: _Size, per_second: list[float], cpu_ms: Rounds) -> list[Figure]:
+    """What the service uses, and that nothing was lost: a series that is not whole would have ended it all."""
+    title, gigabytes = size.title, frames.total_bytes(size.n) / size.n / 1e9
+    a_core_second = [gigabytes / (ms / 1e3) for ms in cpu_ms["detector"]]
     published = ("published: std-daq, 1 GB/s a core", [_STD_DAQ_GB_PER_CORE_S])
     return [
-        *figures,
         figure(
-            f"{title}{_WAYS['detector']}", "GB/s compressed", [gigabytes * v for v in per_second["detector"]],
-            higher_is_better=True,
+            f"{title}{_WAYS['detector']}", "GB/s compressed", [gigabytes * v for v in per_second], higher_is_better=True
         ),
-        figure(f"{title}CPU of the service a frame", "ms", cpu_ms, higher_is_better=False),
+        *(
+            figure(f"{title}CPU of the service a frame, {way}", "ms", values, higher_is_better=False)
+            for way, values in cpu_ms.items()
+        ),
         figure(
-            f"{title}service, compressed bytes a core second", "GB/s", [gigabytes / (ms / 1e3) for ms in cpu_ms],
-            published, higher_is_better=True,
+            f"{title}service, compressed bytes a core second", "GB/s", a_core_second, published, higher_is_better=True
         ),
-        figure(f"{title}frames lost", "frames", [0.0] * len(cpu_ms), higher_is_better=False, target=_NONE_LOST),
-    ]  # fmt: skip
+        figure(f"{title}frames lost", "frames", [0.0] * len(per_second), higher_is_better=False, target=_NONE_LOST),
+    ]
 
 
-def _long(rig: Rig, size: _Size, fastest: float, seconds: float) -> list[Figure]:
-    """A minute without a pause, where the disk must write back what it was given; then the bare loop the same."""
-    room = _OF_FREE_DISK * shutil.disk_usage(rig.root).free
-    n = min(round(_MARGIN * seconds * fastest), int(room * size.n / rig.frames.total_bytes(size.n)))
-    ours, bare = rig.series(n).seconds, rig.bare(n).seconds
+def _without_a_pause(options: Options, size: _Size) -> list[Figure]:
+    """A minute, in which the disk must write back what it was given; then the bare loop the same."""
+    seconds, buffer_bytes = options.choose(2, 60), options.choose(QUICK_BUFFER_BYTES, BUFFER_BYTES)
+    with WorkFolder(options, "minute") as folder, Rig(folder, size.workload, buffer_bytes=buffer_bytes) as rig:
+        rig.warm_up()
+        fastest = max(size.n / rig.series(size.n).seconds for _ in in_rounds(3))
+        room = _OF_FREE_DISK * shutil.disk_usage(rig.root).free
+        n = min(round(_MARGIN * seconds * fastest), int(room * size.n / rig.frames.total_bytes(size.n)))
+        log.info("%d frames through the service, then through the bare loop", n)
+        ours, bare = rig.series(n).seconds, rig.bare(n).seconds
     limit = (f"bare loop, {bare:.0f} s", rates(n, [bare]))
     name = f"{size.title}{ours:.0f} s: {_WAYS['detector']}"
     return [
@@ -179,7 +271,7 @@ def _latency(options: Options, rig: Rig, n: int) -> list[Figure]:
         "two hops": lambda: rig.raw(n, 2, _RATE),
     }
     latencies: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.choose(1, 3)):
+    for _ in in_rounds(options.choose(1, 3)):
         for name, way in ways.items():
             latencies[name] += way().latencies_ms
     figures = []

@@ -12,7 +12,7 @@ __all__ = ["measure", "measure_long"]
 
 # What the service may take in memory beside its buffer.
 _BESIDE_BYTES = 400_000_000
-_QUICK_BYTES, _BYTES, _MOST_BYTES = 200_000_000, 2_000_000_000, 10_000_000_000
+_QUICK_BYTES, _BYTES, _MOST_BYTES = 100_000_000, 2_000_000_000, 10_000_000_000
 _UNAFFECTED = Target("of limit", 0.9)
 _NONE_LOST = Target("at most", 0.0)
 

@@ -58,7 +58,7 @@ _BARE_NAMES = {
     "bare, synced": f"bare loop, synced every {1000 * _SYNC_S:g} ms",
 }
 # No further round begins after so long.
-_WITHIN_S = 180.0
+_WITHIN_S = 150.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import codec, read, report, small, stall, store, wire
 from benchmarks.frames import FrameSet, Options
-from benchmarks.measure import Target, absent, figure, interleave, percentile
+from benchmarks.measure import Target, absent, figure, in_rounds, interleave, percentile
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,18 @@ def test_each_round_runs_everything_once_and_begins_with_another():
     rounds = {name: (lambda name=name: order.append(name) or 1.0) for name in "ab"}
     assert interleave(rounds, 2, warm_up=False) == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert order == ["a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("repeats", "within_s", "n_rounds"),
+    [
+        pytest.param(7, 60.0, 7, id="time-enough"),
+        pytest.param(7, 0.0, 3, id="no-time-but-for-the-fewest"),
+        pytest.param(2, 0.0, 2, id="fewer-were-asked-for"),
+    ],
+)
+def test_rounds_end_when_the_time_is_over(repeats, within_s, n_rounds):
+    assert list(in_rounds(repeats, within_s)) == list(range(n_rounds))
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(50, 50), (99, 99), (100, 100), (1, 1)])

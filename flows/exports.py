@@ -154,7 +154,12 @@ def export_stream(
     Returns
     -------
     ``path`` and ``frames``, the number of frames written.
+
+    Raises
+    ------
+    NotStored : the stream is in memory only.
     """
+    stream.require_stored("exported")
     wanted = _hits_of(run, processing) if processing else None
     status = stream.status
     path.parent.mkdir(parents=True, exist_ok=True)

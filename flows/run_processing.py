@@ -146,10 +146,12 @@ def run_processing(
     Raises
     ------
     RunNotFound, StreamNotFound, BadRecipe, ProcessingBusy
+    NotStored : the stream is in memory only.
     """
     recipe = load_recipe(request.recipe)
     run = open_run(request.run, service=request.service, root=request.root)
     stream = _wait_for_stream(run, request.data_source)
+    stream.require_stored("processed")
     processing, claim = _claim_processing(run, stream, recipe, flow_run)
     try:
         work = _Work(run, stream, processing, recipe, request.n_threads, call, reporter or Silent())

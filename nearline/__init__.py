@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,9 +77,10 @@ def producer(
     data_source: str,
     *,
     service: str | None = None,
-    ack: AckLevel = "stored",
+    ack: AckLevel | None = None,
     name: str | None = None,
     token: str | None = None,
+    persistence: Literal["stored", "online"] = "stored",
 ) -> Producer:
     """A source of frames: ``with nearline.producer("lyso-2026", "cam").run() as out: out.send(array)``.
 
@@ -89,15 +90,19 @@ def producer(
     ----------
     service : its address; by default ``NEARLINE_SERVICE``, or the one on this machine.
     ack : when a frame counts as acknowledged: the service has it in memory (``buffered``), in its journal
-        (``stored``), where `kill -9` of everything cannot take it, or on the disk (``durable``), where a power loss
-        cannot.
+        (``stored``, the default), where `kill -9` of everything cannot take it, or on the disk (``durable``), where a
+        power loss cannot.
     name : how this producer is known in the frame table; must be its own among those that fill one stream. Made up
         if left out.
     token : what to show to a service that wants a token; by default ``NEARLINE_TOKEN``, or the credentials file.
+    persistence : ``online`` keeps frames in the service's memory only, until newer ones need the room; the ledger says
+        what has gone. They are acknowledged as ``buffered``.
     """
     from streaming.producer import Producer
 
-    return Producer(_service_address(service), experiment, data_source, ack=ack, name=name, token=token)
+    return Producer(
+        _service_address(service), experiment, data_source, ack=ack, persistence=persistence, name=name, token=token
+    )
 
 
 def start_run(

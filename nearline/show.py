@@ -35,6 +35,16 @@ def read_source(text: str) -> Any:
     return SourceSettings(name=name, endpoint=endpoint)
 
 
+def read_sources(texts: list[str], online: list[str]) -> tuple[Any, ...]:
+    """All sources; those named in ``online`` are kept in memory only."""
+    sources = [read_source(text) for text in texts]
+    names = [source.name for source in sources]
+    for name in online:
+        if name not in names:
+            raise typer.BadParameter(f"--online {name}: the sources are {', '.join(names)}; name one with --source")
+    return tuple(s.model_copy(update={"persistence": "online"}) if s.name in online else s for s in sources)
+
+
 def validated(model: type[M], **values: Any) -> M:
     """A settings model from options; what it refuses becomes a usage error."""
     try:
@@ -164,6 +174,7 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         "planned",
         "announced",
         "received",
+        "buffered",
         "stored",
         "incomplete",
         "missing",

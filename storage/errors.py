@@ -23,6 +23,7 @@ __all__ = [
     "Interrupted",
     "NearlineError",
     "NewerFile",
+    "NotStored",
     "OutputExists",
     "PlaceUnavailable",
     "ProcessingBusy",
@@ -164,6 +165,10 @@ class SourceBusy(NearlineError, OSError):
 
 class NewerFile(NearlineError):
     """A file of the service's state that a later version of this program wrote."""
+
+
+class NotStored(NearlineError):
+    """A stream that is in memory only, where frames on disk are needed."""
 
 
 class OutputExists(NearlineError, FileExistsError):

@@ -116,6 +116,9 @@ class StreamHeader(Record):
     parts: int = Field(1, ge=1, le=1024, description="records that make up one frame, such as a detector's modules")
     frames_per_chunk: int = Field(100, gt=0, le=MOST_FRAMES_PER_CHUNK)
     planned: int = Field(0, ge=0, le=MOST_PLANNED, description="frames the source means to send; 0 when unknown")
+    persistence: Literal["stored", "online"] = Field(
+        "stored", description="online: in the service's memory only, until newer frames need the room"
+    )
     channel: str | None = Field(None, description="the detector's own name of this array, such as threshold_1")
     detector: DetectorHeader | None = None
     series: SeriesHeader | None = None
@@ -158,6 +161,11 @@ class StreamHeader(Record):
     def array_shape(self) -> tuple[int, ...]:
         """Shape of one frame in the Zarr array: the parts, if there are several, are its first axis."""
         return (self.parts, *self.shape) if self.parts > 1 else self.shape
+
+    @property
+    def is_online(self) -> bool:
+        """Whether its frames are in memory only."""
+        return self.persistence == "online"
 
     @property
     def frame_bytes(self) -> int:

@@ -201,6 +201,7 @@ def _tombstone(folder: RunFolder, by: str, why: str) -> dict[str, object]:
 
 
 def _pruned(ledger: StreamLedger) -> StreamLedger:
+    ledger = ledger.without_memory()
     return ledger.model_copy(
         update={
             "received": ledger.received + ledger.late,

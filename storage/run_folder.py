@@ -86,6 +86,7 @@ class StreamPaths:
         self.accounts = self.journal / "accounts.journal"
         self.amendments = run / f"{data_source}.amendments"
         self.claims = run / f"{data_source}.claims"
+        self.online_account = run / f"{data_source}.online.json"
 
     def shard(self, chunk: int, ndim: int) -> Path:
         """The shard of chunk k: frames along the first axis, one shard across the others."""

@@ -28,14 +28,18 @@ class FrameState(IntEnum):
     incomplete = 5
     # Was in memory only, of a stream that is not written to disk, and had to make room.
     pruned = 6
+    # In memory only, of a stream that is not written to disk.
+    buffered = 7
 
 
 # A frame that can be read, whole or in part.
-READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete)
+READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete, FrameState.buffered)
 # What is not there, in whole or in part, has a reason.
 _HAVE_CAUSE = (FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.pruned)
 # What a ledger lists.
-_LISTED = (FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.late)
+_LISTED = (
+    FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.late, FrameState.pruned,
+)  # fmt: skip
 _STATES = tuple(FrameState)
 _READABLE_CODES = frozenset(map(int, READABLE))
 _IS_READABLE = np.array([state in READABLE for state in FrameState])
@@ -197,9 +201,10 @@ class StreamLedger(Record):
     pruned: int = Field(0, description="received, but not written to disk, and no longer in memory")
     ranges: list[StateRange] = Field(
         default_factory=list,
-        description="missing, rejected, incomplete and late frames, with the cause if there is one",
+        description="missing, rejected, incomplete, late and pruned frames, with the cause if there is one",
     )
     is_terminal: bool = False
+    is_online: bool = Field(False, description="a stream in memory only: frames may stay there beyond its end")
 
     @property
     def problems(self) -> list[str]:
@@ -217,7 +222,7 @@ class StreamLedger(Record):
             )
         if self.is_terminal and self.pending:
             found.append(f"{self.data_source}: the run has ended with {self.pending} frames in no state")
-        if self.is_terminal and self.buffered:
+        if self.is_terminal and self.buffered and not self.is_online:
             found.append(f"{self.data_source}: the run has ended with {self.buffered} frames in memory only")
         return found
 
@@ -225,24 +230,35 @@ class StreamLedger(Record):
     def is_balanced(self) -> bool:
         return not self.problems
 
+    @property
+    def n_taken(self) -> int:
+        """Frames that came whole and were kept as the stream promises: on disk, or in memory for a while."""
+        return self.received - self.incomplete - self.vetoed if self.is_online else self.stored + self.late
+
+    def without_memory(self) -> "StreamLedger":
+        """What is left of it when the service's memory is gone."""
+        if not self.is_online:
+            return self
+        pruned = self.pruned + self.buffered + self.incomplete
+        return self.model_copy(update={"buffered": 0, "incomplete": 0, "pruned": pruned})
+
 
 def build_ledger(header: StreamHeader, states: IndexStates, duplicate: int, *, is_terminal: bool) -> StreamLedger:
     """The ledger that the states of all indices add up to."""
     counts = states.counts()
-    stored, incomplete, pruned = (counts[s] for s in (FrameState.stored, FrameState.incomplete, FrameState.pruned))
+    came = {s: counts[s] for s in (FrameState.buffered, FrameState.stored, FrameState.incomplete, FrameState.pruned)}
     return StreamLedger(
         data_source=header.data_source,
         planned=header.planned,
         announced=sum(counts.values()),
-        received=stored + incomplete + pruned,
+        received=sum(came.values()),
         missing=counts[FrameState.missing],
         rejected=counts[FrameState.rejected],
         late=counts[FrameState.late],
         pending=counts[FrameState.pending],
         duplicate=duplicate,
-        stored=stored,
-        incomplete=incomplete,
-        pruned=pruned,
+        **{state.name: n for state, n in came.items()},
         ranges=[r for r in states.ranges() if FrameState[r.state] in _LISTED],
         is_terminal=is_terminal,
+        is_online=header.is_online,
     )

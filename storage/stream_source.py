@@ -20,6 +20,7 @@ from storage.frame import FrameInfo, RawFrame
 from storage.journal import Account, Journal
 from storage.masks import read_plane
 from storage.models import Record, RunState, StreamHeader
+from storage.online_account import OnlineAccount, read_account
 from storage.run_folder import ChunkCommit, Event, RunFolder, has_writer
 from storage.states import FrameState, StreamLedger, build_ledger
 from storage.stored_frames import StoredFrames
@@ -175,6 +176,8 @@ class FolderSource:
         self._waiting_late: list[FrameInfo] = []
         self._finished: dict | None = None
         self._is_terminal = False
+        # The last account taken in of a stream that is not in the folder, but in a service's memory.
+        self._online_account: OnlineAccount | None = None
         self._deletion = folder.deletion
         if self._deletion is not None:
             self._read_tombstone(self._deletion)
@@ -317,7 +320,11 @@ class FolderSource:
         # Asked before reading: a writer that stops in between leaves nothing behind unseen.
         is_written = has_writer(self._paths)
         finished = self.folder.finished(self.header.data_source)
-        accounts = self._look_into_journals(is_written=is_written) if is_local(self._paths.journal) else []
+        accounts: list[Account] = []
+        if self.header.is_online:
+            self._look_into_online_account(finished)
+        elif is_local(self._paths.journal):
+            accounts = self._look_into_journals(is_written=is_written)
         new = [chunk for chunk in self._paths.commits() if chunk not in self._frames.commits]
         for commit in self._paths.read_commits(new):
             self._frames.adopt(commit)
@@ -327,6 +334,15 @@ class FolderSource:
             self.states.announce(finished["announced"])
         # Last: if anything above fails, the next look takes it up again.
         self._finished, self._is_terminal = finished, finished is not None or not is_written
+
+    def _look_into_online_account(self, finished: dict | None) -> None:
+        """No frames are here, but word of them; what is in memory can be read from its service only."""
+        account = OnlineAccount.model_validate(finished) if finished else read_account(self._paths)
+        if account is None or account == self._online_account:
+            return
+        self._online_account = account
+        for part in account.ranges:
+            self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
 
     def _look_into_journals(self, *, is_written: bool) -> list[Account]:
         accounts = self._look_into_accounts()

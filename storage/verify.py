@@ -27,6 +27,7 @@ from storage.frame_table import read_frame_table
 from storage.journal import CRC_BYTES, MAGIC, Journal
 from storage.masks import PLANES, read_plane
 from storage.models import Model, RunHeader, StreamHeader
+from storage.online_account import OnlineAccount
 from storage.run_folder import ChunkCommit, Event, StreamPaths, has_writer, latest_epoch, parse_file
 from storage.shard import ShardReader
 from storage.states import READABLE, FrameState, StateRange
@@ -204,6 +205,7 @@ class _StreamCheck:
         ends = [payload for payload in mine if payload.get("data_source") == paths.data_source]
         self.announced: int | None = ends[0].get("announced") if ends else None
         self.is_ended = bool(ends)
+        self.online_account = OnlineAccount.model_validate(ends[0]) if ends and "ranges" in ends[0] else None
         self.has_run_ended = any(e.kind == "run_finished" for e in events)
 
     def run(self, *, is_deleted: bool) -> None:
@@ -212,6 +214,9 @@ class _StreamCheck:
             return
         commits = self._commits(header)
         self._list_holes(commits.values())
+        if header.is_online:
+            self._check_online(header)
+            return
         if is_deleted:
             return
         self._check_completeness(header, commits)
@@ -283,6 +288,20 @@ class _StreamCheck:
             for part in commit.ranges:
                 if FrameState[part.state] is not FrameState.stored:
                     self.run_check.holes.append(Hole(data_source=self.paths.data_source, frames=part))
+
+    def _check_online(self, header: StreamHeader) -> None:
+        """Of a stream in memory only there is nothing to read but masks; its frames are holes."""
+        check = self.run_check
+        account = self.online_account
+        if account is None and check.exists(self.paths.online_account):
+            with check.finding(self.paths.online_account):
+                account = check.parse(OnlineAccount, self.paths.online_account)
+        for part in account.ranges if account else []:
+            check.holes.append(Hole(data_source=header.data_source, frames=part))
+        for plane in PLANES:
+            self._check_plane(plane, header)
+        if self.has_run_ended and not self.is_ended and header.parent is None:
+            check.found("events", f"the end of {header.data_source} is not recorded", _RESTORE)
 
     # ---- chunks ---------------------------------------------------------------------------------
 

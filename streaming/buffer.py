@@ -1,17 +1,26 @@
 """The memory between detector and disk: bounded in bytes, shared by all streams.
 
 A frame counts from the moment it is received (`reserve`) until it is evicted. Only frames that
-are journaled can be evicted, oldest first, and only when room is needed. A full buffer makes
-`reserve` wait: producers are pushed back, and of a detector that cannot wait we stop reading.
+are journaled, or of a stream that is in memory only, can be evicted, oldest first, and only when
+room is needed. A full buffer makes `reserve` wait: producers are pushed back, and of a detector
+that cannot wait we stop reading.
 """
 
 import threading
 from collections import deque
 from collections.abc import Hashable
+from typing import Protocol
 
 from storage.frame import RawFrame
 
-__all__ = ["FrameBuffer"]
+__all__ = ["FrameBuffer", "FrameOwner"]
+
+
+class FrameOwner(Protocol):
+    """Whoever must know what becomes of frames that are nowhere else; told under the buffer's lock."""
+
+    def kept(self, frames: list[RawFrame]) -> None: ...
+    def evicted(self, frame: RawFrame) -> None: ...
 
 
 class FrameBuffer:
@@ -21,6 +30,7 @@ class FrameBuffer:
         self.budget_bytes = budget_bytes
         self._frames: dict[Hashable, dict[tuple[int, int], RawFrame]] = {}
         self._evictable: deque[tuple[Hashable, tuple[int, int]]] = deque()
+        self._owners: dict[Hashable, FrameOwner] = {}
         self._used = 0
         self._room = threading.Condition()
 
@@ -46,12 +56,14 @@ class FrameBuffer:
     def keep_stored(self, stream: Hashable, frames: list[RawFrame]) -> None:
         """Hold journaled frames, for whose ``cost_bytes`` room was reserved, until that room is needed."""
         with self._room:
-            held = self._frames.setdefault(stream, {})
-            for frame in frames:
-                slot = (frame.info.frame_index, frame.info.part)
-                held[slot] = frame
-                self._evictable.append((stream, slot))
-            self._room.notify_all()
+            self._keep(stream, frames)
+
+    def keep_only_copy(self, stream: Hashable, frames: list[RawFrame], owner: FrameOwner) -> None:
+        """Hold frames that are not written anywhere, until their room is needed; their owner is told of both."""
+        with self._room:
+            self._owners[stream] = owner
+            self._keep(stream, frames)
+            owner.kept(frames)
 
     def get(self, stream: Hashable, frame_index: int, n_parts: int = 1) -> list[RawFrame] | None:
         """The parts of a frame, if all of it is still in memory."""
@@ -62,13 +74,32 @@ class FrameBuffer:
         parts = [held.get((frame_index, part)) for part in range(n_parts)]
         return None if None in parts else parts  # type: ignore[return-value]
 
+    def get_parts(self, stream: Hashable, frame_index: int, n_parts: int) -> list[RawFrame]:
+        """Those parts of a frame that are in memory, at a moment when none is being evicted."""
+        with self._room:
+            held = self._frames.get(stream, {})
+            return [held[frame_index, part] for part in range(n_parts) if (frame_index, part) in held]
+
+    def _keep(self, stream: Hashable, frames: list[RawFrame]) -> None:
+        held = self._frames.setdefault(stream, {})
+        for frame in frames:
+            slot = (frame.info.frame_index, frame.info.part)
+            held[slot] = frame
+            self._evictable.append((stream, slot))
+        self._room.notify_all()
+
     def _make_room(self, n_bytes: int) -> bool:
         while self._used and self._used + n_bytes > self.budget_bytes and self._evictable:
             stream, slot = self._evictable.popleft()
             frames = self._frames[stream]
-            self._used -= frames.pop(slot).cost_bytes
+            frame = frames.pop(slot)
+            self._used -= frame.cost_bytes
+            owner = self._owners.get(stream)
+            if owner is not None:
+                owner.evicted(frame)
             if not frames:
                 del self._frames[stream]
+                self._owners.pop(stream, None)
         if self._used and self._used + n_bytes > self.budget_bytes:
             return False
         self._used += n_bytes

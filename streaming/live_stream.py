@@ -17,6 +17,7 @@ from storage.models import StreamHeader
 from storage.run_folder import RunFolder
 from storage.states import StreamLedger
 from storage.stream_store import StreamStore
+from streaming.online_store import OnlineStore
 
 __all__ = ["AckLevel", "Ended", "LiveStream", "Put", "SeriesPart", "Settled", "StreamKey"]
 
@@ -51,7 +52,7 @@ class SeriesPart:
 class LiveStream:
     """A stream that this service writes, or has finished writing a short while ago."""
 
-    store: StreamStore
+    store: StreamStore | OnlineStore
     folder: RunFolder
     last_activity: float = field(default_factory=time.monotonic)
     # Some index below ``gap_stop`` has been awaited since then.

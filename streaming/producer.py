@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from storage.codec import encode
-from storage.errors import BadFrame, BufferFull, IndexConflict, NearlineError, StorageFull
+from storage.errors import BadFrame, BufferFull, IndexConflict, NearlineError, ProtocolError, StorageFull
 from storage.frame import FrameInfo
 from storage.models import DetectorHeader, StreamHeader
 from streaming import wire
@@ -60,6 +60,8 @@ class Producer:
         (``durable``), where a power loss cannot.
     name : how this producer is known in the frame table; must be its own among those that fill one
         stream. Made up if left out.
+    persistence : ``online`` keeps frames in the service's memory only, until newer ones need the
+        room; they can be acknowledged as ``buffered`` at most, which is then the default.
     """
 
     def __init__(
@@ -68,13 +70,19 @@ class Producer:
         experiment: str,
         data_source: str,
         *,
-        ack: wire.AckLevel = "stored",
+        ack: wire.AckLevel | None = None,
+        persistence: Literal["stored", "online"] = "stored",
         name: str | None = None,
         token: str | None = None,
     ) -> None:
         self._address, self._token = address, token
         self._connection = Connection(address, token=token)
-        self.experiment, self.data_source, self.ack = experiment, data_source, ack
+        self.experiment, self.data_source = experiment, data_source
+        self.ack: wire.AckLevel = ack or ("buffered" if persistence == "online" else "stored")
+        self.persistence = persistence
+        self._is_ack_chosen = ack is not None
+        if persistence == "online":
+            self.require_buffered()
         self.name = name or f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
 
     def run(
@@ -109,6 +117,15 @@ class Producer:
         producer = RunProducer(self, run, header.planned)
         producer.start(header)
         return producer
+
+    def require_buffered(self) -> None:
+        """Acknowledge as ``buffered``; ProtocolError if another level was asked for."""
+        if self._is_ack_chosen and self.ack != "buffered":
+            raise ProtocolError(
+                f"{self.data_source} is to be in memory only, so no frame of it is ever {self.ack}; use "
+                "ack='buffered', or persistence='stored'"
+            )
+        self.ack = "buffered"
 
     def connect(self) -> Connection:
         """A connection of its own."""
@@ -164,6 +181,10 @@ class RunProducer:
         Another producer may have begun it, with the same header; the stream then ends when both have
         finished.
         """
+        if self._producer.persistence == "online":
+            header = header.model_copy(update={"persistence": "online"})
+        if header.is_online:
+            self._producer.require_buffered()
         mask = [] if pixel_mask is None else [np.ascontiguousarray(pixel_mask, "<u4").tobytes()]
         request = wire.StartStream(id=0, header=header.model_dump_json().encode(), producer=self._producer.name)
         self._producer.connection.ask(request, mask)

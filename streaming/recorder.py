@@ -30,6 +30,7 @@ from storage.upload import Uploader
 from streaming.buffer import FrameBuffer
 from streaming.live_stream import AckLevel, Ended, LiveStream, Put, SeriesPart, Settled, StreamKey
 from streaming.metrics import ServiceMetrics
+from streaming.online_store import OnlineStore
 from streaming.publisher import Publisher
 from streaming.writer import DiskState, Writer
 
@@ -217,7 +218,12 @@ class Recorder:
     ) -> LiveStream:
         """A new stream in a run, ready for frames."""
         with self._lock:
-            store = StreamStore.create(folder, header, pixel_mask=pixel_mask, flatfield=flatfield)
+            planes = {"pixel_mask": pixel_mask, "flatfield": flatfield}
+            store: StreamStore | OnlineStore
+            if header.is_online:
+                store = OnlineStore.create(folder, header, self.buffer, **planes)
+            else:
+                store = StreamStore.create(folder, header, **planes)
             stream = LiveStream(store, folder, series=_first_series(header))
             self._streams[stream.key] = stream
             self._run_changed(folder)
@@ -229,7 +235,7 @@ class Recorder:
         name = header.data_source
         with self._lock:
             is_ours = header.parent is not None and name in folder.data_sources() and not folder.finished(name)
-            if not is_ours or folder.stream_header(name) != header:
+            if not is_ours or header.is_online or folder.stream_header(name) != header:
                 return None
             stream = LiveStream(StreamStore.recover(folder, name), folder)
             self._streams[stream.key] = stream
@@ -538,7 +544,7 @@ class Recorder:
         streams, names = [], folder.data_sources()
         for name in names:
             try:
-                stream = LiveStream(StreamStore.recover(folder, name), folder, lost_until=None)
+                stream = LiveStream(self._recover_store(folder, name), folder, lost_until=None)
             except StreamOwned as error:
                 log.error("%s", error)
                 continue
@@ -559,6 +565,11 @@ class Recorder:
         elif not names:
             self._end_empty(folder, "no stream was started")
         self._run_changed(folder)
+
+    def _recover_store(self, folder: RunFolder, data_source: str) -> StreamStore | OnlineStore:
+        if folder.stream_header(data_source).is_online:
+            return OnlineStore.recover(folder, data_source, self.buffer)
+        return StreamStore.recover(folder, data_source)
 
     @staticmethod
     def _end_empty(folder: RunFolder, cause: str) -> None:
@@ -645,9 +656,9 @@ def _final_state(ledgers: list[StreamLedger], aborted: str | None) -> RunState:
     """Completed only if every planned frame is there; aborted if the source never said the end."""
     if aborted:
         return RunState.aborted
-    complete = all(x.stored + x.late == max(x.announced, x.planned) for x in ledgers)
+    complete = all(x.n_taken == max(x.announced, x.planned) for x in ledgers)
     return RunState.completed if complete else RunState.incomplete
 
 
 def _summary(ledger: StreamLedger) -> dict[str, Any]:
-    return ledger.model_dump(exclude={"ranges"})
+    return ledger.without_memory().model_dump(exclude={"ranges"})

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from storage.codec import decode, decode_into
-from storage.errors import CorruptFrame, FrameMissing, GroupNeedsService, RunNotFound, StreamNotFound
+from storage.errors import (
+    CorruptFrame,
+    FrameMissing,
+    GroupNeedsService,
+    NotStored,
+    RunNotFound,
+    StreamNotFound,
+)
 from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_columns import PREFIXES
@@ -436,7 +443,9 @@ class Stream:
         Raises
         ------
         CorruptFrame : the run has ended, and a chunk of it has no commit.
+        NotStored : its frames are in memory only, so there are no chunks.
         """
+        self.require_stored("cut into chunks")
         number = start
         while (commit := self.source.wait_chunk(number, timeout)) is not None:
             yield Chunk(self, commit)
@@ -454,6 +463,15 @@ class Stream:
             raise CorruptFrame(
                 f"the commit of chunk {number} of {self.header.experiment}/{self.header.run}/{self.name} is gone, so "
                 f"frames from {first} on cannot be processed; restore {number:05d}.json from a copy"
+            )
+
+    def require_stored(self, what: str) -> None:
+        """NotStored for a stream in memory only, which cannot be what is said."""
+        header = self.header
+        if header.is_online:
+            raise NotStored(
+                f"{self.run.name}/{header.data_source} is in memory only and cannot be {what}; follow() it while it is "
+                "taken, or have such streams stored: persistence='stored', `nearline serve` without --online"
             )
 
     def ledger(self) -> StreamLedger:

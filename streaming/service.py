@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -42,6 +42,9 @@ class SourceSettings(Model):
 
     name: str = Field("eiger", description="data source name under which its frames are stored")
     endpoint: str = Field(DEFAULT_DETECTOR, description="where the detector's stream v2 socket is bound")
+    persistence: Literal["stored", "online"] = Field(
+        "stored", description="online: its frames are in memory only, until newer ones need the room"
+    )
 
 
 class ServiceSettings(Model):
@@ -116,7 +119,8 @@ class Service:
         )
         announce_key(state_folder, self._server.address, self.public_key.encode() if self.public_key else None)
         self._connectors = [
-            EigerConnector(self.recorder, s.name, s.endpoint, settings.experiment) for s in settings.sources
+            EigerConnector(self.recorder, s.name, s.endpoint, settings.experiment, s.persistence)
+            for s in settings.sources
         ]
 
     @property

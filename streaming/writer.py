@@ -21,6 +21,7 @@ from storage.stream_store import Admission
 from streaming.buffer import FrameBuffer
 from streaming.live_stream import LiveStream, Put, StreamKey
 from streaming.metrics import ServiceMetrics
+from streaming.online_store import OnlineStore
 
 __all__ = ["DiskState", "Writer"]
 
@@ -195,8 +196,11 @@ class Writer(threading.Thread):
         new.clear()
 
     def _journal(self, stream: LiveStream, frames: list[RawFrame]) -> None:
-        """Write until the disk takes it."""
+        """Write until the disk takes it; of an online stream, memory is all there is."""
         if not frames:
+            return
+        if isinstance(stream.store, OnlineStore):
+            self._buffer.keep_only_copy(stream.key, frames, stream.store)
             return
         while True:
             try:

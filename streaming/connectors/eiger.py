@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zmq
@@ -53,16 +53,24 @@ class EigerConnector(threading.Thread):
         ``eiger.<channel>``.
     endpoint : where the detector binds, such as ``tcp://127.0.0.1:31001``.
     experiment : for series whose header appendix does not name one.
+    persistence : of its streams; ``online`` keeps them in memory only.
     """
 
-    def __init__(self, recorder: Recorder, data_source: str, endpoint: str, experiment: str) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        data_source: str,
+        endpoint: str,
+        experiment: str,
+        persistence: Literal["stored", "online"] = "stored",
+    ) -> None:
         super().__init__(name=f"connector-{data_source}", daemon=True)
         self.data_source = check_name(data_source, "data source")
         self.endpoint = endpoint
         self.n_messages = 0
         self.n_bad_messages = 0
         self.is_paused = False
-        self._recorder, self._experiment = recorder, experiment
+        self._recorder, self._experiment, self._persistence = recorder, experiment, persistence
         self._stopping = threading.Event()
         self._pending: _Pending | None = None
         self._complained: set[str] = set()
@@ -161,6 +169,7 @@ class EigerConnector(threading.Thread):
                 codec=codec,
                 frames_per_chunk=frames_per_chunk(message.detector.frame_time, shape, dtype),
                 planned=message.series.number_of_images,
+                persistence=self._persistence,
                 channel=channel,
                 detector=message.detector,
                 series=message.series,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from storage.errors import BufferFull, NearlineError, StorageFull, StreamNotOpen
+from storage.errors import BufferFull, NearlineError, ProtocolError, StorageFull, StreamNotOpen
 from storage.names import run_key
 from streaming import wire
 from streaming.handlers.desk import LATER, NO_PAYLOAD, Answer, Call, Desk, done, failure
@@ -56,6 +56,11 @@ def finish_stream(desk: Desk, call: Call) -> Answer:
 
 def _prepare(desk: Desk, call: Call) -> Put:
     request, stream = call.request, _writable(desk, call.request.stream)
+    if stream.header.is_online and request.ack != "buffered":
+        raise ProtocolError(
+            f"{stream.header.data_source} is in memory only, so no frame of it is ever {request.ack}; send with "
+            "ack='buffered', or start the stream with persistence='stored'"
+        )
     frames = list(zip(request.infos, split_payload(request.infos, call.parts), strict=True))
     raw = desk.recorder.weigh(stream, frames)
     cost = sum(frame.cost_bytes for frame in raw)

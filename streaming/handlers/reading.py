@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from storage.errors import CorruptFrame, NearlineError
+from storage.errors import CorruptFrame, FrameMissing, NearlineError
 from storage.frame import RawFrame
 from storage.masks import read_plane
 from storage.stored_frames import missing_frame
@@ -141,6 +141,10 @@ def _from_disk(desk: Desk, view: StreamView, call: Call, indices: list[int], sto
             return frames_answer(call, frames, index)
         try:
             parts = desk.from_disk(view, index)
+        except FrameMissing:
+            if getattr(call.request, "exact", False):
+                raise
+            continue  # in memory only, and it has made room just now
         except CorruptFrame:
             if not frames:
                 raise

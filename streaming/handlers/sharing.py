@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from storage.errors import CorruptFrame, NearlineError
+from storage.errors import CorruptFrame, FrameMissing, NearlineError
 from storage.frame import RawFrame
 from storage.names import check_name
 from streaming import wire
@@ -142,10 +142,14 @@ def _fetch(desk: Desk, call: Call, view: StreamView, group: Group, leases: list[
     def fetch() -> None:
         found: list[tuple[Lease, list[RawFrame]]] = []
         damaged: list[tuple[Lease, str]] = []
+        gone: list[Lease] = []
         left, rest = credit, 0
         for rest, lease in enumerate(wanted, 1):  # noqa: B007
             try:
                 parts = desk.from_disk(view, lease.frame_index)
+            except FrameMissing:  # in memory only, and it has made room just now: the group will pass it
+                gone.append(lease)
+                continue
             except (CorruptFrame, OSError) as error:
                 damaged.append((lease, str(error)))
                 continue
@@ -153,7 +157,7 @@ def _fetch(desk: Desk, call: Call, view: StreamView, group: Group, leases: list[
             left -= sum(part.nbytes + ROW_BYTES for part in parts)
             if left <= 0:
                 break
-        desk.do_later(lambda: _fetched(desk, call, group, found, damaged, wanted[rest:]))
+        desk.do_later(lambda: _fetched(desk, call, group, found, damaged, gone + wanted[rest:]))
 
     desk.librarian.do(fetch)
     return LATER

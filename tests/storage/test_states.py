@@ -35,7 +35,9 @@ def apply(done) -> tuple[IndexStates, dict[int, tuple[FrameState, str]], int]:
         getattr(states, what)(start, start + n, state, cause)
         for index in range(start, start + n):
             if what == "set" or index not in model:
-                has_cause = state not in (FrameState.pending, FrameState.stored, FrameState.late)
+                has_cause = state not in (
+                    FrameState.pending, FrameState.stored, FrameState.late, FrameState.buffered
+                )  # fmt: skip
                 model[index] = (state, cause if cause and has_cause else "unknown")
     return states, model, announced
 
@@ -92,9 +94,13 @@ def test_ledger_balances(done, is_terminal):
     states, _, announced = apply(done)
     if is_terminal:
         states.account(0, announced, FrameState.missing, "end")
-    ledger = build_ledger(HEADER, states, 1, is_terminal=is_terminal)
+    online = HEADER.model_copy(update={"persistence": "online"})
+    ledger = build_ledger(online, states, 1, is_terminal=is_terminal)
     assert ledger.problems == []
     assert ledger.received + ledger.missing + ledger.rejected + ledger.late + ledger.pending == announced
+    after = ledger.without_memory()
+    assert after.problems == []
+    assert (after.received, after.buffered, after.incomplete) == (ledger.received, 0, 0)
 
 
 @pytest.mark.parametrize(

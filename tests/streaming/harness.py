@@ -36,7 +36,7 @@ def blob(index: int, dtype: str = "uint16", shape: tuple[int, ...] = SHAPE) -> b
 def settings(root: Path, endpoint: str | None = None, **options: Any) -> ServiceSettings:
     sources = (SourceSettings(name="eiger", endpoint=endpoint),) if endpoint else ()
     fields = {"bind": ANY_PORT, "experiment": "lyso", "gap_timeout_s": 0.3, "buffer_bytes": 64 << 20} | options
-    return ServiceSettings(root=root, sources=sources, **fields)
+    return ServiceSettings(root=root, **({"sources": sources} | fields))
 
 
 @contextlib.contextmanager

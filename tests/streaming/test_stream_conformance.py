@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.errors import FrameMissing, FrameNotYetAvailable, GroupNeedsService, RunNotFound, StreamNotFound
+from storage.errors import FrameMissing, FrameNotYetAvailable, GroupNeedsService, NotStored, RunNotFound, StreamNotFound
 from storage.files import to_path
 from storage.models import DetectorHeader, RunState, StreamHeader
 from storage.run_folder import RunFolder
@@ -39,10 +39,13 @@ HEADER = StreamHeader(
 )
 
 
-def feed(address: str, may_finish: threading.Event, pause: float = 0.0) -> None:
+ONLINE_HEADER = HEADER.model_copy(update={"persistence": "online"})
+
+
+def feed(address: str, may_finish: threading.Event, pause: float = 0.0, header: StreamHeader = HEADER) -> None:
     with Producer(address, "lyso", "eiger") as producer:
         out = producer.run(1, sample="lysozyme")
-        out.start(HEADER, pixel_mask=MASK)
+        out.start(header, pixel_mask=MASK)
         for index in THERE:
             out.send(pixels(index), frame_index=index, meta={"delay": index / 10})
             time.sleep(pause)
@@ -70,6 +73,7 @@ class StreamConformance:
     """What every way to a stream does."""
 
     is_live = False
+    header = HEADER
 
     def test_index(self, opened):
         stream = opened.stream
@@ -137,7 +141,7 @@ class StreamConformance:
 
     def test_header_mask_and_geometry(self, opened):
         stream = opened.stream
-        assert stream.header == HEADER
+        assert stream.header == self.header
         assert np.array_equal(stream.pixel_mask, MASK)
         assert stream.geometry.panels[0].shape == SHAPE
         assert opened.run.header.sample == "lysozyme"
@@ -199,13 +203,14 @@ class StreamConformance:
 
 
 @contextlib.contextmanager
-def fed(root: Path, *, is_finished: bool) -> Iterator[Opened]:
+def fed(root: Path, *, is_finished: bool, header: StreamHeader = HEADER) -> Iterator[Opened]:
     """A service with the run, being fed while the test reads, or finished before."""
     may_finish = threading.Event()
     with serving(root, gap_timeout_s=0.15) as service:
         if is_finished:
             may_finish.set()
-        feeding = threading.Thread(target=feed, args=(service.address, may_finish, 0.0 if is_finished else 0.005))
+        pause = 0.0 if is_finished else 0.005
+        feeding = threading.Thread(target=feed, args=(service.address, may_finish, pause, header))
         feeding.start()
         target = f"{service.address}/lyso/1"
         try:
@@ -227,6 +232,50 @@ class TestLiveRun(StreamConformance):
     def opened(self, tmp_path):
         with fed(tmp_path, is_finished=False) as opened:
             yield opened
+
+
+class OnlineConformance(StreamConformance):
+    """A stream in memory only does the same, without chunks, as long as its frames are there."""
+
+    header = ONLINE_HEADER
+
+    def test_chunks(self, opened):
+        with pytest.raises(NotStored, match="is in memory only and cannot be cut into chunks"):
+            list(opened.stream.chunks())
+
+    def test_chunk_that_is_not_sealed(self, opened):
+        assert opened.stream.source.wait_chunk(0, 0.05) is None
+
+    def test_ledger(self, opened):
+        ledger = opened.stream.ledger()
+        assert ledger.is_balanced
+        assert (ledger.announced, ledger.buffered, ledger.stored, ledger.missing) == (N, N - 1, 0, 1)
+        assert [(r.start, r.stop, r.cause) for r in ledger.ranges] == [(GAP, GAP + 1, "not received")]
+        assert ledger.is_terminal is not self.is_live
+
+
+class TestLiveOnlineRun(OnlineConformance):
+    """Frames are still being sent while the test reads."""
+
+    is_live = True
+
+    @pytest.fixture
+    def opened(self, tmp_path):
+        with fed(tmp_path, is_finished=False, header=ONLINE_HEADER) as opened:
+            yield opened
+
+
+class TestFinishedOnlineRun(OnlineConformance):
+    """Through the service that took it, after the end."""
+
+    @pytest.fixture(scope="class")
+    def finished_online(self, tmp_path_factory):
+        with fed(tmp_path_factory.mktemp("data"), is_finished=True, header=ONLINE_HEADER) as opened:
+            yield opened
+
+    @pytest.fixture
+    def opened(self, finished_online):
+        return finished_online
 
 
 @pytest.fixture(scope="module")

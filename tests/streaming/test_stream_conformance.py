@@ -265,13 +265,14 @@ class TestLiveOnlineRun(OnlineConformance):
             yield opened
 
 
+@pytest.fixture(scope="module")
+def finished_online(tmp_path_factory):
+    with fed(tmp_path_factory.mktemp("data"), is_finished=True, header=ONLINE_HEADER) as opened:
+        yield opened
+
+
 class TestFinishedOnlineRun(OnlineConformance):
     """Through the service that took it, after the end."""
-
-    @pytest.fixture(scope="class")
-    def finished_online(self, tmp_path_factory):
-        with fed(tmp_path_factory.mktemp("data"), is_finished=True, header=ONLINE_HEADER) as opened:
-            yield opened
 
     @pytest.fixture
     def opened(self, finished_online):

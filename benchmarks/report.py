@@ -21,7 +21,7 @@ from benchmarks.program import find_program
 __all__ = ["machine", "program_version", "table", "versions", "write_json"]
 
 _PACKAGES = (
-    "nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "google-crc32c", "pyarrow",
+    "nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "google-crc32c", "awscrt", "pyarrow",
     "redis", "nats-py",
 )  # fmt: skip
 _PROGRAMS = ("redis-server", "nats-server")

@@ -59,8 +59,8 @@ _ID_BYTES = 8
 
 
 def service_folder(root: Path) -> Path:
-    """Where a service keeps its own state: keys and tokens."""
-    return root / "service"
+    """Where a service keeps its own state: keys and tokens. No experiment can have this name."""
+    return root / ".service"
 
 
 class Issued(msgspec.Struct, frozen=True, tag="issued", tag_field="event"):

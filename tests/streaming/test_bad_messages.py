@@ -125,7 +125,7 @@ def test_bad_detector_messages_between_good_frames(tmp_path, eiger):
     assert ledger.is_balanced
     assert [(r.start, r.state) for r in ledger.ranges] == [(3, "rejected")]
     assert "is (8, 32) uint16 bslz4, but its series began as (16, 16)" in ledger.ranges[0].cause
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["lyso"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [".service", "lyso"]
     assert [p.name for p in (tmp_path / "lyso").iterdir()] == ["1"], "no empty runs are left behind"
 
 
@@ -240,7 +240,7 @@ def test_every_bad_request_is_answered_in_words(tmp_path, caplog):
         assert service._server.is_alive()
         assert beside.slowest < 2.0
     assert "failed" not in caplog.text
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["lyso"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [".service", "lyso"]
 
 
 def test_mutated_requests(tmp_path):

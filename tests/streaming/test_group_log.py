@@ -77,6 +77,27 @@ def test_everything_is_kept(open_log):
     assert deliveries(again, states) == [(5, 2), (7, 2), (8, 1), (9, 1)]
 
 
+def test_restarts_bring_no_frame_nearer_to_the_dead_letters(open_log):
+    states, log = stored(1), open_log()
+    group = log.load(KEY)
+    group.max_deliveries = 1
+    for delivery in range(1, 5):
+        assert deliveries(group, states) == [(0, delivery)]
+        log.save({KEY: group})
+        group = log.load(KEY)
+    assert not group.dead_letters
+
+
+def test_acknowledgement_is_saved(open_log):
+    states, log = stored(2), open_log()
+    group = log.load(KEY)
+    first, _ = group.take(states, "m", 60, 2)
+    log.save({KEY: group})
+    group.acknowledge(0, first.number)
+    log.save({KEY: group})
+    assert deliveries(log.load(KEY), states) == [(1, 2)]
+
+
 def test_groups_are_listed_by_stream(open_log):
     log = open_log()
     keys = [KEY, OTHER, ("lyso", 2, "eiger", "elsewhere"), ("lyso", 1, "cam", "elsewhere")]

@@ -87,6 +87,79 @@ def test_frame_that_came_late_is_delivered_after_all():
     assert not group.skipped
 
 
+def test_what_comes_again_goes_before_what_comes_late():
+    group, states = group_on(4)
+    states.set(0, 1, FrameState.missing, "dropped")
+    first, *_ = group.take(states, "m", 9, 3)
+    states.set(0, 1, FrameState.late)
+    group.give_back(1, first.number)
+    assert indices(group.take(states, "m", 9, 9)) == [1, 0]
+
+
+@pytest.mark.parametrize("order", [reversed, iter], ids=["from the end", "from the start"])
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_frames_that_do_not_fit_are_as_if_never_taken(order, comes_late):
+    """Also with gaps between them, out of which a frame comes before they are taken again."""
+    group, states = group_on(9)
+    for gap in (2, 4, 6):
+        states.set(gap, gap + 1, FrameState.missing, "dropped")
+    leases = group.take(states, "m", 9, 5)
+    assert indices(leases) == [0, 1, 3, 5, 7]
+    if comes_late:
+        states.set(4, 5, FrameState.late)
+        assert not group.is_drained(states)  # looks for what came late
+    for lease in order(leases[1:]):
+        group.untake(lease)
+    again = {lease.frame_index: lease.delivery for lease in group.take(states, "m", 9, 9)}
+    assert again == dict.fromkeys([1, 3, 5, 7, 8, *([4] if comes_late else [])], 1)
+    assert list(group.skipped) == ([(2, 3), (6, 7)] if comes_late else [(2, 3), (4, 5), (6, 7)])
+
+
+def test_frames_untaken_after_others_took_newer_ones_come_marked():
+    """The others must not get an older frame as a new one."""
+    group, states = group_on(4)
+    _, second = group.take(states, "ada", 9, 2)
+    group.take(states, "ben", 9, 1)
+    group.untake(second)
+    assert [(lease.frame_index, lease.delivery) for lease in group.take(states, "ben", 9, 2)] == [(1, 2), (3, 1)]
+
+
+def test_retried_dead_letter_has_all_its_deliveries_before_it():
+    group, states = group_on(1)
+    group.max_deliveries = 2
+    for round_ in range(2):
+        for _ in range(2):
+            (lease,) = group.take(states, "ada", 9, 1)
+            group.give_back(0, lease.number)
+        assert list(group.dead_letters) == [0], f"in round {round_}"
+        group.retry_dead([0])
+
+
+def test_lower_limit_holds_for_frames_that_wait():
+    group, states = group_on(1)
+    (lease,) = group.take(states, "ada", 9, 1)
+    group.give_back(0, lease.number)
+    group.max_deliveries = 1
+    assert group.dead_letters[0].why == "delivered 1 times, and the limit was set to 1"
+    assert group.take(states, "ada", 9, 1) == []
+
+
+def test_stream_that_lost_its_last_frames():
+    """Power failed: what was handed out and is gone holds nothing up; what was skipped is delivered if it comes now."""
+    group, states = group_on(6)
+    states.set(3, 4, FrameState.missing, "dropped")
+    group.take(states, "m", 9, 5)
+    group = Group.restored(group.packed(), group.pieces())
+    shorter = IndexStates()
+    shorter.set(0, 2, FrameState.stored)
+    assert indices(group.take(shorter, "m", 9, 9)) == [0, 1]
+    for index in (0, 1):
+        group.acknowledge(index, group.leases[index].number)
+    assert group.is_drained(shorter)
+    shorter.set(2, 4, FrameState.stored)
+    assert [(lease.frame_index, lease.is_late) for lease in group.take(shorter, "m", 9, 9)] == [(2, False), (3, True)]
+
+
 def test_latest_gives_each_newest_frame_once_and_leaves_the_position_alone():
     group, states = group_on(3)
     assert [group.take_latest(states) for _ in range(2)] == [2, None]

@@ -236,7 +236,9 @@ def numbers_in(runs: IntervalSet) -> list[int]:
 # ---- the machine --------------------------------------------------------------------------------------------
 
 
-class GroupMachine(RuleBasedStateMachine):
+class SharingMachine(RuleBasedStateMachine):
+    """Members share a stream; nothing breaks but members."""
+
     def __init__(self):
         super().__init__()
         self.now = 100.0
@@ -262,17 +264,27 @@ class GroupMachine(RuleBasedStateMachine):
 
     # ---- the stream
 
-    @rule(n=st.integers(1, 6))
-    def frames_come(self, n):
-        self.states.set(self.states.announced, self.states.announced + n, FrameState.stored)
-
-    @rule(n=st.integers(1, 3), state=st.sampled_from([FrameState.missing, FrameState.rejected, FrameState.incomplete]))
-    def frames_come_to_nothing(self, n, state):
-        self.states.set(self.states.announced, self.states.announced + n, state, "dropped")
-
-    @rule(n=st.integers(1, 4))
-    def frame_ahead_of_a_gap(self, n):
-        self.states.set(self.states.announced + n, self.states.announced + n + 1, FrameState.stored)
+    @rule(
+        states=st.lists(
+            st.sampled_from(
+                [
+                    FrameState.stored,
+                    FrameState.stored,
+                    FrameState.missing,
+                    FrameState.pending,
+                    FrameState.rejected,
+                    FrameState.incomplete,
+                ]
+            ),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    def frames_come(self, states):
+        for index, state in enumerate(states, self.states.announced):
+            self.states.announce(index + 1)
+            if state is not FrameState.pending:
+                self.states.set(index, index + 1, state, "dropped")
 
     @rule(state=st.sampled_from([FrameState.missing, FrameState.incomplete]))
     def gap_closes(self, state):
@@ -285,25 +297,10 @@ class GroupMachine(RuleBasedStateMachine):
     @rule(data=st.data(), state=st.sampled_from([FrameState.late, FrameState.stored]))
     def frame_comes_late(self, data, state):
         """After its chunk was sealed, or before that but after a gap time-out."""
-        index = data.draw(st.sampled_from(self.missing()))
+        self.frame_comes_late_at(data.draw(st.sampled_from(self.missing())), state)
+
+    def frame_comes_late_at(self, index, state):
         self.states.set(index, index + 1, state)
-
-    @precondition(lambda self: self.states.readable().size)
-    @rule(data=st.data())
-    def frame_is_pruned(self, data):
-        index = data.draw(st.sampled_from(self.states.readable().tolist()))
-        self.states.set(index, index + 1, FrameState.pruned)
-
-    @rule()
-    def stream_is_read_from_elsewhere(self):
-        """Its states are built anew, where nobody remembers in what order frames came late."""
-        states = IndexStates()
-        for part in self.states.ranges():
-            if part.state != "pending":
-                states.set(part.start, part.stop, FrameState[part.state], part.cause)
-        states.announce(self.states.announced)
-        states.late_order.clear()
-        self.states = states
 
     # ---- members
 
@@ -356,12 +353,11 @@ class GroupMachine(RuleBasedStateMachine):
         self.group.acknowledge(index, number)
         self.promises.acknowledge(index, number)
 
-    @precondition(lambda self: self.numbers)
+    @precondition(lambda self: self.plain.of("leased"))
     @rule(data=st.data(), delay_s=st.sampled_from([0.0, 0.5, 3.0]), counts=st.booleans())
     def member_gives_back(self, data, delay_s, counts):
-        index, number = data.draw(st.sampled_from(self.numbers[-12:]))
-        if self.promises.open.get(index, (0,))[0] == number and self.plain.fates[index].what == "leased":
-            del self.promises.open[index]
+        index = data.draw(st.sampled_from(self.plain.of("leased")))
+        number, _ = self.promises.open.pop(index)
         self.plain.give_back(index, number, self.now + delay_s if delay_s else 0.0, counts)
         self.group.give_back(index, number, delay_s, counts=counts)
 
@@ -380,20 +376,6 @@ class GroupMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.4, 1.0, 4.0, 20.0]))
     def time_passes(self, seconds):
         self.now += seconds
-
-    @rule(member=st.sampled_from(MEMBERS))
-    def damaged_frame(self, member):
-        expected = self.plain.take(self.states, self.now, 1)
-        leases = self.group.take(self.states, member, 9.0, 1)
-        assert [lease.frame_index for lease in leases] == [index for index, _, _ in expected]
-        self.plain.lease(leases)
-        self.note_taken(leases)
-        for lease in leases:
-            self.group.set_aside(lease, "its checksum is wrong")
-            self.plain.fates[lease.frame_index].what = "dead"
-            self.promises.open.pop(lease.frame_index, None)
-            self.promises.may_come_again.add(lease.frame_index)
-            assert self.group.dead_letters[lease.frame_index].why == "its checksum is wrong"
 
     @rule()
     def member_asks_for_the_end(self):
@@ -427,14 +409,6 @@ class GroupMachine(RuleBasedStateMachine):
         for index in self.plain.of("waiting"):
             self.plain.come_back(index, self.plain.fates[index])
 
-    @rule(data=st.data())
-    def group_is_sent_elsewhere(self, data):
-        index = data.draw(st.integers(0, self.states.announced + 3))
-        self.group.seek(index)
-        self.plain.seek(index)
-        self.promises.seek(index)
-        self.note_saved()
-
     # ---- the service
 
     def note_taken(self, leases):
@@ -453,40 +427,9 @@ class GroupMachine(RuleBasedStateMachine):
         self.handed_out = self.plain.cursor
         self.promises.save()
 
-    @rule()
     def save(self):
         self.log.save({KEY: self.group})
         self.note_saved()
-
-    @rule(is_killed=st.booleans())
-    def service_restarts(self, is_killed):
-        if not is_killed:
-            self.save()
-        self.log.close()
-        self.log = self.open_log()
-        self.group = self.log.load(KEY)
-        self.promises.crash(range(self.saved.cursor, self.handed_out))
-        self.plain = self.saved.restarted(self.handed_out)
-        for index in self.plain.of("waiting"):
-            fate = self.plain.fates[index]
-            if fate.until > self.saved_at:  # what was left of a delay when it was saved is still to come
-                self.plain.fates[index] = replace(fate, until=self.now + fate.until - self.saved_at)
-            else:
-                self.plain.fates[index] = replace(fate, until=0.0)
-        self.promises.open = {
-            i: (f.number, 0.0) for i, f in self.plain.fates.items() if f.number and f.what in ("waiting", "dead")
-        }
-
-    @rule(n=st.integers(1, 6))
-    def power_fails(self, n):
-        """The last frames are gone, as if they had never come; some may come again."""
-        states, kept = IndexStates(), max(self.states.announced - n, 0)
-        for part in self.states.ranges(0, kept):
-            if part.state != "pending":
-                states.set(part.start, part.stop, FrameState[part.state], part.cause)
-        states.announce(kept)
-        self.states = states
-        self.service_restarts(is_killed=True)
 
     # ---- always
 
@@ -538,7 +481,92 @@ class GroupMachine(RuleBasedStateMachine):
         self._folder.cleanup()
 
 
-TestGroupMachine = GroupMachine.TestCase
-TestGroupMachine.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+class TroubledMachine(SharingMachine):
+    """The same, with a service that stops or is killed, power that fails, damage, and people who change their minds."""
+
+    @precondition(lambda self: self.states.readable().size)
+    @rule(data=st.data())
+    def frame_is_pruned(self, data):
+        index = data.draw(st.sampled_from(self.states.readable().tolist()))
+        self.states.set(index, index + 1, FrameState.pruned)
+
+    @rule(data=st.data())
+    def stream_is_read_from_elsewhere(self, data):
+        """Its states are built anew, where nobody remembers which frames came late."""
+        if self.missing():
+            self.frame_comes_late_at(data.draw(st.sampled_from(self.missing())), FrameState.late)
+        states = IndexStates()
+        for part in self.states.ranges():
+            if part.state != "pending":
+                states.set(part.start, part.stop, FrameState[part.state], part.cause)
+        states.announce(self.states.announced)
+        states.late_order.clear()
+        self.states = states
+
+    @rule(member=st.sampled_from(MEMBERS))
+    def damaged_frame(self, member):
+        expected = self.plain.take(self.states, self.now, 1)
+        leases = self.group.take(self.states, member, 9.0, 1)
+        assert [lease.frame_index for lease in leases] == [index for index, _, _ in expected]
+        self.plain.lease(leases)
+        self.note_taken(leases)
+        for lease in leases:
+            self.group.set_aside(lease, "its checksum is wrong")
+            self.plain.fates[lease.frame_index].what = "dead"
+            self.promises.open.pop(lease.frame_index, None)
+            self.promises.may_come_again.add(lease.frame_index)
+            assert self.group.dead_letters[lease.frame_index].why == "its checksum is wrong"
+
+    @rule(data=st.data())
+    def group_is_sent_elsewhere(self, data):
+        index = data.draw(st.integers(0, self.states.announced + 3))
+        self.group.seek(index)
+        self.plain.seek(index)
+        self.promises.seek(index)
+        self.note_saved()
+
+    @rule()
+    def state_is_saved(self):
+        self.save()
+
+    @rule(is_killed=st.booleans())
+    def service_restarts(self, is_killed):
+        if not is_killed:
+            self.save()
+        self.log.close()
+        self.log = self.open_log()
+        self.group = self.log.load(KEY)
+        self.promises.crash(range(self.saved.cursor, self.handed_out))
+        self.plain = self.saved.restarted(self.handed_out)
+        for index in self.plain.of("waiting"):
+            fate = self.plain.fates[index]
+            if fate.until > self.saved_at:  # what was left of a delay when it was saved is still to come
+                self.plain.fates[index] = replace(fate, until=self.now + fate.until - self.saved_at)
+            else:
+                self.plain.fates[index] = replace(fate, until=0.0)
+        self.promises.open = {
+            i: (f.number, 0.0) for i, f in self.plain.fates.items() if f.number and f.what in ("waiting", "dead")
+        }
+
+    @rule(n=st.integers(1, 6))
+    def power_fails(self, n):
+        """The last frames are gone, as if they had never come; some may come again."""
+        states, kept = IndexStates(), max(self.states.announced - n, 0)
+        for part in self.states.ranges(0, kept):
+            if part.state != "pending":
+                states.set(part.start, part.stop, FrameState[part.state], part.cause)
+        states.announce(kept)
+        self.states = states
+        self.service_restarts(is_killed=True)
+
+
+def machine_test(machine: type[SharingMachine]) -> type:
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    return case
+
+
+TestSharing = machine_test(SharingMachine)
+TestTroubled = machine_test(TroubledMachine)

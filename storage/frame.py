@@ -83,11 +83,9 @@ def meta_bytes(meta: dict[str, Any]) -> int:
     if not meta:
         return 0
     try:
-        if _FLAT.issuperset(map(type, meta.values())):
-            size = len(_plain_json(meta))
-        else:
-            _check_depth(meta, 0)
-            size = len(json.dumps(meta))
+        if not _FLAT.issuperset(map(type, meta.values())):
+            _require_json(meta, 0)
+        size = len(_plain_json(meta))
     except (TypeError, ValueError) as error:
         raise BadFrame(f"a frame's metadata must be plain JSON: {error}") from None
     if size > _LARGEST_META_BYTES:
@@ -95,13 +93,20 @@ def meta_bytes(meta: dict[str, Any]) -> int:
     return size
 
 
-def _check_depth(item: Any, depth: int) -> None:
-    if not isinstance(item, dict | list | tuple):
-        return
+def _require_json(item: Any, depth: int) -> None:
+    """Containers of containers of plain values, with text for keys; looks at leaves by type alone, for speed."""
     if depth > _DEEPEST_META:
         raise BadFrame(f"a frame's metadata is nested deeper than {_DEEPEST_META} levels; make it flatter")
-    for value in item.values() if isinstance(item, dict) else item:
-        _check_depth(value, depth + 1)
+    if isinstance(item, dict):
+        if not all(isinstance(key, str) for key in item):
+            raise TypeError("a key is not text")
+        item = item.values()
+    for value in item:
+        if type(value) in _FLAT:
+            continue
+        if not isinstance(value, dict | list | tuple):
+            raise TypeError(f"a value of type {type(value).__name__}")
+        _require_json(value, depth + 1)
 
 
 def blob_crc32c(blob: Buffer) -> int:

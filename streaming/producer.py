@@ -520,7 +520,11 @@ class _Courier(threading.Thread):
                 reply, _ = self._connection.take(number)
             except BufferFull:
                 threading.Event().wait(_PAUSE_S)
-                self._transmit(batch)
+                # Fewer at once: together they may be more than the service's whole memory.
+                half = -(-len(batch) // 2)
+                for part in (batch[:half], batch[half:]):
+                    if part:
+                        self._transmit(part)
                 continue
             except NearlineError as error:
                 self._settle(batch, [error] * len(batch))

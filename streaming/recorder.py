@@ -172,8 +172,8 @@ class Recorder:
             opened = self._open_runs.get(header.experiment)
             if opened is None or opened.header.run != header.run:
                 raise BadName(f"run {run_key(header.experiment, header.run)} is not open; only such a run is stopped")
-            del self._open_runs[header.experiment]
             folder.add_event("run_closed", {"aborted": aborted})
+            del self._open_runs[header.experiment]
         streams = [s for s in self._primary(folder) if not s.is_ended]
         if not streams:
             self._end_empty(folder, aborted or "no stream was started")
@@ -491,7 +491,8 @@ class Recorder:
         if folder.state.is_terminal or not all(s.store.is_finished for s in mine):
             return
         ledgers = [s.ledger() for s in mine]
-        aborted = next((s.store.aborted for s in mine if s.store.aborted), None)
+        closed = [event.payload["aborted"] for event in folder.events("run_closed")]
+        aborted = next((why for why in (*closed, *(s.store.aborted for s in mine)) if why), None)
         state = _final_state(ledgers, aborted)
         payload = {"state": state.value, "cause": aborted, "ledgers": [_summary(x) for x in ledgers]}
         folder.add_event("run_finished", payload)

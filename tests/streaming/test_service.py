@@ -55,6 +55,19 @@ def expected(indices) -> dict[int, bytes]:
 # ---- slow readers ------------------------------------------------------------------------------------
 
 
+def settled_rss(service):
+    """Memory once the service has loaded what it loads while it starts."""
+    seen = [0]
+
+    def is_settled():
+        time.sleep(1.0)
+        seen.append(service.rss_bytes())
+        return seen[-1] - seen[-2] < 1 << 20
+
+    wait_for(is_settled, 60)
+    return seen[-1]
+
+
 def test_sleeping_consumer_misses_nothing_and_memory_stays_bounded(tmp_path):
     """It wakes up when its frames have long left memory: they come from disk by the same call."""
     budget, n = 4 << 20, 400
@@ -64,7 +77,7 @@ def test_sleeping_consumer_misses_nothing_and_memory_stays_bounded(tmp_path):
         out.send(noise[0])
         following = open_run(f"{service.address}/lyso/1")["eiger"].follow()
         assert next(following).frame_index == 0
-        before = service.rss_bytes()
+        before = settled_rss(service)
         for index in range(1, n):
             out.send(blobs[index % 16])
             if index % 40 == 0:

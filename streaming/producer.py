@@ -83,7 +83,10 @@ class Producer:
         self._is_ack_chosen = ack is not None
         if persistence == "online":
             self.require_buffered()
-        self.name = name or f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
+        life = uuid.uuid4().hex[:8]
+        self.name = name or f"{socket.gethostname()[:40]}-{life}"
+        # Sendings are counted anew by each process, so each counts under a name of its own.
+        self.sender = f"{name}.{life}" if name else self.name
 
     def run(
         self,
@@ -316,7 +319,7 @@ class RunProducer:
         info = FrameInfo(
             frame_index=_AUTOMATIC if frame_index is None else frame_index,
             size_bytes=size,
-            producer=self._producer.name,
+            producer=self._producer.sender,
             sequence=self._sequence,
             meta=meta,
             part=part,

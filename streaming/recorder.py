@@ -340,8 +340,10 @@ class Recorder:
         """Account for a frame that came but cannot be used."""
 
         def command() -> None:
-            stream.store.account(frame_index, frame_index + 1, FrameState.rejected, cause)
-            self.written(stream)
+            # Behind the end it is one of the messages that were left out, no frame of the run.
+            if stream.is_open:
+                stream.store.account(frame_index, frame_index + 1, FrameState.rejected, cause)
+                self.written(stream)
 
         self.writer.do(command)
 

@@ -32,7 +32,11 @@ def put_frames(desk: Desk, call: Call) -> Answer | None:
 
 
 def finish_stream(desk: Desk, call: Call) -> Answer:
-    request, stream = call.request, _writable(desk, call.request.stream)
+    request, ref = call.request, call.request.stream
+    stream = desk.recorder.find(ref.key)
+    if (stream is None or not stream.is_open) and desk.folder(ref.experiment, ref.run).finished(ref.data_source):
+        return done(call)  # asked once more, because the answer was lost
+    stream = _writable(desk, ref)
 
     def ended(error: NearlineError | None) -> None:
         answer = done(call) if error is None else failure(request.id, error)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from storage.errors import DamagedFile, RunNotFound, StreamNotFound, StreamOwned
-from storage.files import is_local, publish, read_many, remote_errors, to_path
+from storage.files import is_local, make_folder, publish, read_many, remote_errors, to_path
 from storage.models import Record, RunHeader, RunState, StreamHeader
 from storage.names import check_name, check_run, run_key
 from storage.states import StateRange
@@ -136,7 +136,6 @@ class RunFolder:
     def create(cls, root: Path, header: RunHeader) -> "RunFolder":
         """Make a new run's folder; FileExistsError when that run number is taken."""
         path = root / check_name(header.experiment, "experiment") / str(check_run(header.run))
-        path.mkdir(parents=True, exist_ok=True)
         if not publish(path / "run.json", header.model_dump_json(indent=2).encode()):
             raise FileExistsError(f"run {header.experiment}/{header.run} exists already in {root}")
         folder = cls(path, header)
@@ -239,7 +238,7 @@ def claim_stream(paths: StreamPaths, owner: str) -> tuple[int, int]:
     ------
     StreamOwned : another process holds the lock.
     """
-    paths.claims.mkdir(parents=True, exist_ok=True)
+    make_folder(paths.claims)
     fd = os.open(paths.claims / "lock", os.O_CREAT | os.O_RDWR, 0o644)
     if not _lock_soon(fd):
         os.close(fd)

@@ -76,7 +76,8 @@ class StreamStore:
         # Frames below this one are in sealed chunks or in a gap between them: the Zarr array's length.
         self._length = 0
         self._is_ending = False
-        self._has_new_names = False
+        # Also after a crash: what it left may have a name that never reached the disk.
+        self._has_new_names = True
         # The writer appends late frames while the publisher ends the stream.
         self._late_lock = threading.Lock()
         self._takes_late = True
@@ -110,6 +111,7 @@ class StreamStore:
         """Take over a stream after a crash: keep what was stored, roll half-done seals forward."""
         store = cls(folder, folder.stream_header(data_source))
         store._make_folders()
+        store._sync_names()
         store._load()
         finished = folder.finished(data_source)
         if finished:
@@ -388,6 +390,18 @@ class StreamStore:
                 aside.unlink()
         if self.header.kind == "frames" and not (self.paths.array / "zarr.json").exists():
             self._write_zarr_metadata()
+
+    def _sync_names(self) -> None:
+        """Make durable what a writer before us had named but, killed in between, not synced: we build on it."""
+        run, paths = self.folder.path, self.paths
+        folders = [run.parent.parent, run.parent, run, run / "events", paths.frames, paths.chunks, paths.journal]
+        if self.header.kind == "frames":
+            shards = [paths.shard(chunk, len(self.header.array_shape)) for chunk, _ in paths.journals()]
+            shard_folders = {above for shard in shards for above in shard.parents if paths.array in above.parents}
+            folders += [paths.zarr, paths.array, *sorted(shard_folders)]
+        for folder in folders:
+            if folder.is_dir():
+                sync_folder(folder)
 
     def _write_zarr_metadata(self) -> None:
         write_group(self.paths.zarr, {"nearline": self.header.model_dump(mode="json")})

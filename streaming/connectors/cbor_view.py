@@ -18,6 +18,8 @@ _BREAK = object()
 _FLOATS = {25: ">e", 26: ">f", 27: ">d"}
 _SIMPLE = {20: False, 21: True, 22: None, 23: None}
 _SELF_DESCRIBED = 55799
+# Others cannot be hashed, or, as views of a message, only sometimes.
+_KEYS = (str, int, float, type(None))
 
 
 class Tag(NamedTuple):
@@ -127,6 +129,8 @@ class _Reader:
             if key is _BREAK:
                 self._end_of_indefinite(length)
                 break
+            if not isinstance(key, _KEYS):
+                raise BadMessage(f"CBOR map with a {type(key).__name__} as key; names and numbers are understood")
             items[key] = self._not_break(self.item(depth + 1))
             n += 1
         return items

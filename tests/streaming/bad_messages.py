@@ -77,6 +77,8 @@ DETECTOR: dict[str, bytes] = {
     "list of 2^64-1 items": b"\x9b" + b"\xff" * 8,
     "bytes of 2^62": b"\x5b\x3f" + b"\xff" * 7,
     "unhashable key": b"\xa1\x80\x00",
+    "key of bytes": b"\xa1\x41\x00\x00",
+    "key of tagged bytes": b"\xa1\xc1\x41\x00\x00",
     "break alone": b"\xff",
     "reserved length": b"\x1c",
     "text that is not utf-8": b"\x62\xff\xfe",

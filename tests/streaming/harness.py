@@ -54,12 +54,15 @@ from streaming.service import ServiceSettings, serve_until_signal
 serve_until_signal(ServiceSettings.model_validate_json(sys.argv[1]), lambda s: print(s.address, flush=True))
 """
 
-    def __init__(self, root: Path, endpoint: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, root: Path, endpoint: str | None = None, *, env: dict[str, str] | None = None, **options: Any
+    ) -> None:
         content = settings(root, endpoint, **options).model_dump_json()
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.SCRIPT, content],
             stdout=subprocess.PIPE,
             text=True,
+            env=env,
             cwd=Path(__file__).parents[2],
         )
         assert self.process.stdout is not None

@@ -41,6 +41,8 @@ _MORE_REQUESTS = [
 ]
 # Each makes a file or more: they come less often.
 _COSTLY = ("AddEvent", "StartRun", "StartStream", "FinishStream", "StopRun")
+# Beyond what a source may leave out: a jump that is believed costs a file for each chunk in between.
+_FAR = 2**17
 _LYING_BYTES = [0x00, 0x1B, 0x5B, 0x7F, 0x9F, 0xBF, 0xC0, 0xC1, 0xC6, 0xDC, 0xDD, 0xDE, 0xDF, 0xFB, 0xFF]
 
 
@@ -96,7 +98,7 @@ class Fuzzer:
             fields["infos"] = msgspec.to_builtins(rows, builtin_types=(bytes,))
         if "header" in fields:
             header = {"experiment": VICTIM, "run": self.run, "data_source": f"new{rng.randrange(5)}", "shape": [16, 16]}
-            header |= {"dtype": "uint16", "frames_per_chunk": 10}
+            header |= {"dtype": "uint16", "frames_per_chunk": 10, "planned": 300}
             fields["header"] = self._damaged(header, msgspec.json.encode)
         if "timeout_s" in fields and rng.random() < 0.9:
             fields["timeout_s"] = rng.choice([0.0, 0.0, 0.01, 0.3])
@@ -176,7 +178,7 @@ class Fuzzer:
         if has_more and depth < 8 and self._rng.random() < 0.75:
             return self._exchange(value, depth + 1)
         if isinstance(value, int) and not isinstance(value, bool) and self._rng.random() < 0.5:
-            return value + self._rng.choice([-1, 1, 2, -value, 100, 2**16, 2**31, -(2**31)])
+            return value + self._rng.choice([-1, 1, 2, -value, 100, _FAR, 2**31, -(2**31)])
         if isinstance(value, bytes) and value and self._rng.random() < 0.8:
             return self._flip(value)
         return self._odd(value)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -106,9 +107,9 @@ class Attack:
         """A stream that is really open: messages that name it get further."""
         with Producer(self.service.address, VICTIM, "eiger") as producer:
             out = producer.run()
-            out.start(
-                StreamHeader(experiment=VICTIM, run=out.run, data_source="eiger", shape=corpus.SHAPE, dtype="uint16")
-            )
+            fields: dict[str, Any] = {"run": out.run, "data_source": "eiger", "shape": corpus.SHAPE, "dtype": "uint16"}
+            # Planned, so that an index far off is refused and not thousands of chunks of nothing.
+            out.start(StreamHeader(experiment=VICTIM, planned=300, **fields))
             out.send(corpus.PIXELS)
             self.fuzzer.run = out.run
 

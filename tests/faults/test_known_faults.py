@@ -1,10 +1,8 @@
-"""What these campaigns have found, as small as it gets. Each is marked until it is mended; then the mark goes."""
+"""What the campaigns have found and was mended, as small as it gets."""
 
 import threading
 import time
 from typing import Any
-
-import pytest
 
 from nearline.children import free_port
 from storage.frame import FrameInfo
@@ -19,7 +17,6 @@ from tests.streaming.harness import SHAPE, ServiceProcess, blob, connected, pixe
 OF_RUN_1: Any = {"experiment": "lyso", "run": 1, "shape": SHAPE}
 
 
-@pytest.mark.xfail(strict=True, reason="Recorder.reject accounts for an index after begin_finish: no commit covers it")
 def test_a_frame_rejected_after_the_end_leaves_the_ledger_balanced(tmp_path):
     """An image that cannot be used, right behind the detector's end message, while the last chunk is being sealed."""
     ended = threading.Event()
@@ -33,7 +30,6 @@ def test_a_frame_rejected_after_the_end_leaves_the_ledger_balanced(tmp_path):
     assert FolderSource(RunFolder.open(tmp_path / "lyso" / "1"), "eiger").ledger().problems == []
 
 
-@pytest.mark.xfail(strict=True, reason="the publisher seals all chunks of one stream before it looks at the next")
 def test_a_stream_with_many_chunks_to_seal_holds_up_no_other(tmp_path, monkeypatch):
     """A detector that jumps by 100 000 frames leaves ten thousand empty chunks; another run ends meanwhile."""
     real = StreamStore.seal
@@ -59,7 +55,6 @@ def test_a_stream_with_many_chunks_to_seal_holds_up_no_other(tmp_path, monkeypat
     assert took_s < 1.0
 
 
-@pytest.mark.xfail(strict=True, reason="FinishStream repeated to the next service is refused: StreamNotOpen")
 def test_the_end_of_a_stream_may_be_repeated(tmp_path):
     """A service killed between recording the end and saying so; the client asks the next one again."""
     bind = f"tcp://127.0.0.1:{free_port()}"
@@ -73,7 +68,6 @@ def test_the_end_of_a_stream_may_be_repeated(tmp_path):
         connection.ask(wire.FinishStream(id=0, stream=stream, announced=1, producer="p"))
 
 
-@pytest.mark.xfail(strict=True, reason="a named producer that is started again counts its sendings from 0 again")
 def test_a_producer_that_is_started_again_goes_on(tmp_path):
     """Automatic indices, the same name, another process: new frames are new sendings."""
     with serving(tmp_path) as service:

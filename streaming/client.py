@@ -181,8 +181,12 @@ class Connection:
         deadline = time.monotonic() + _CONNECT_S
         self._greet()
         while self._session is None:
-            if not self.pump(_POLL_MS / 1000) and time.monotonic() > deadline:
+            if self.pump(_POLL_MS / 1000):
+                continue
+            if time.monotonic() > deadline:
                 raise self._unavailable()
+            if time.monotonic() - self._greeted_at > _GREET_S:
+                self._greet()  # the one before may have died with its service
 
     def _greet(self) -> None:
         self._greeted_at = time.monotonic()

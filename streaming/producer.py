@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from storage.codec import encode
-from storage.errors import BadFrame, BufferFull, IndexConflict, NearlineError, ProtocolError, StorageFull
+from storage.errors import BadFrame, BufferFull, IndexConflict, NearlineError, ProtocolError, StorageFull, StreamNotOpen
 from storage.frame import FrameInfo
 from storage.models import DetectorHeader, StreamHeader
 from streaming import wire
@@ -46,6 +46,7 @@ _MOST_UNDER_WAY = 32
 _CHUNK_BYTES = 256 << 20
 _REFUSALS: dict[str, tuple[type[NearlineError], str]] = {
     "conflict": (IndexConflict, "exists already with other content; the first one is kept"),
+    "ended": (StreamNotOpen, "came behind the end of its stream and is not kept"),
     "failed": (StorageFull, "could not be written; the service's log says why"),
 }
 

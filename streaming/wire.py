@@ -382,7 +382,7 @@ class PutReply(Reply):
     """What became of each frame, in the order sent, and under which index.
 
     ``kept`` (it has reached the level asked for), ``duplicate``, ``late`` (kept in an amendment
-    segment), ``conflict`` or ``failed``.
+    segment), ``ended`` (behind the stream's end, not kept), ``conflict`` or ``failed``.
     """
 
     indices: list[int]

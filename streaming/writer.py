@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Protocol
 
-from storage.errors import IndexConflict
+from storage.errors import FrameTooLate, IndexConflict
 from storage.frame import RawFrame
 from storage.states import FrameState
 from storage.stream_store import Admission
@@ -173,6 +173,9 @@ class Writer(threading.Thread):
         except IndexConflict as error:
             log.error("%s", error)
             return "conflict"
+        except FrameTooLate as error:
+            log.warning("%s", error)
+            return "ended"
         except Exception:
             log.exception("frame %d of %s could not be stored", info.frame_index, stream.key)
             return "failed"

@@ -327,7 +327,7 @@ def _wish(user_data: Any) -> dict[str, Any]:
     wish = user_data.get(_USER_KEY) if isinstance(user_data, dict) else None
     if not isinstance(wish, dict):
         return {}
-    return wish
+    return wish if isinstance(wish.get("experiment"), str) else wish | {"experiment": None}
 
 
 def _fitting(plane: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:

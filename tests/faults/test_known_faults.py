@@ -2,7 +2,10 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import zmq
 
 from nearline.children import free_port
 from storage.frame import FrameInfo
@@ -11,6 +14,7 @@ from storage.run_folder import RunFolder
 from storage.stream_source import FolderSource
 from storage.stream_store import StreamStore
 from streaming import wire
+from streaming.client import Connection
 from streaming.producer import Producer
 from tests.streaming.harness import SHAPE, ServiceProcess, blob, connected, pixels, producing, serving
 
@@ -77,3 +81,28 @@ def test_a_producer_that_is_started_again_goes_on(tmp_path):
                 out = producer.run(1, join=life > 0)
                 out.start(header)
                 assert [out.send(blob(10 * life + n)) for n in range(3)] == [3 * life + n for n in range(3)]
+
+
+def test_a_frame_behind_the_end_is_no_failure_of_the_service(tmp_path, caplog):
+    """A detector, or a producer that was killed, whose last frames come behind the end of its stream."""
+    ended = threading.Event()
+    with serving(tmp_path) as service:
+        recorder, header = service.recorder, StreamHeader(data_source="eiger", dtype="uint16", **OF_RUN_1)
+        stream = recorder.start_stream(recorder.start_run("lyso", 1), header)
+        recorder.submit(stream, [(FrameInfo(frame_index=0), blob(0))])
+        recorder.finish_stream(stream, done=lambda error: ended.set())
+        assert ended.wait(10)
+        recorder.submit(stream, [(FrameInfo(frame_index=1), blob(1))])
+    assert [record.exc_info for record in caplog.records if record.exc_info] == []
+
+
+def test_a_client_that_connects_while_the_service_restarts(tmp_path):
+    """The service dies when it has taken the greeting and not answered yet; the next one is there at once."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as dying, ThreadPoolExecutor(1) as other:
+        address = f"tcp://127.0.0.1:{dying.bind_to_random_port('tcp://127.0.0.1')}"
+        connecting = other.submit(Connection, address)
+        assert dying.poll(5000)
+        dying.recv_multipart()
+        dying.close(linger=0)
+        with serving(tmp_path, bind=address):
+            connecting.result().close()

@@ -6,7 +6,9 @@ database can hold it up.
 """
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ _CONNECT_TIMEOUT_S = 5
 _STATEMENT_TIMEOUT_MS = 10_000
 # Any number will do, as long as all services take the same.
 _TABLES_LOCK = 0x4E4C4341
+_COUNTS_EVERY_S = 1.0
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 30.0
 
@@ -163,10 +166,11 @@ class Catalog:
         if not rows:
             return
         table = type(rows[0]).__table__  # type: ignore[attr-defined]
-        insert = _INSERTS[self._engine.dialect.name](table).values([row.model_dump() for row in rows])
+        insert = _INSERTS[self._engine.dialect.name](table)
         keys = [column.name for column in table.primary_key]
         values = {c.name: insert.excluded[c.name] for c in table.columns if c.name not in keys}
-        session.execute(insert.on_conflict_do_update(index_elements=keys, set_=values))
+        # Rows as parameters: with rows in the statement, SQLAlchemy would compile each anew (5 ms).
+        session.execute(insert.on_conflict_do_update(index_elements=keys, set_=values), [r.model_dump() for r in rows])
 
     def _forget_others(self, root: Path, recorded: set[tuple[str, int]]) -> None:
         """Remove the rows of this data folder whose runs are not there (any more)."""
@@ -204,28 +208,38 @@ class _Waiting:
 
     folder: RunFolder
     announced: dict[str, int] = field(default_factory=dict)
+    # Monotonic s: not written before.
+    due: float = math.inf
 
 
 class CatalogWriter:
     """Writes the catalog in a thread of its own: who records never waits for a database, nor hears its errors.
 
-    Records of one run that come while it waits are one. What a database that is away misses is
-    written when it is back; what is lost when the process ends, `Catalog.rebuild` restores.
+    Records of one run that come while it waits are one; how far its streams are is written once a second
+    at most. What a database that is away misses is written when it is back; what is lost when the process
+    ends, `Catalog.rebuild` restores.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._changed = threading.Condition()
         self._waiting: dict[Path, _Waiting] = {}
+        # Counts are not written before this, monotonic s.
+        self._counts_due = 0.0
         self._is_writing = self._is_closed = False
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name="catalog", daemon=True)
         self._thread.start()
 
     def record(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
-        """Ask for the rows of one run to be brought up to date; returns at once."""
+        """Ask for the rows of one run to be brought up to date; returns at once.
+
+        With ``announced``, only these counts of its streams have changed, and there is no hurry.
+        """
         with self._changed:
-            self._waiting.setdefault(folder.path, _Waiting(folder)).announced.update(announced or {})
+            waiting = self._waiting.setdefault(folder.path, _Waiting(folder))
+            waiting.announced.update(announced or {})
+            waiting.due = min(waiting.due, self._counts_due if announced else 0.0)
             self._changed.notify_all()
 
     def status(self) -> dict[str, Any]:
@@ -235,8 +249,11 @@ class CatalogWriter:
             return {"place": self._catalog.place, "behind": behind, "error": self._error}
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all that was recorded is written; whether it is."""
+        """Have all that was recorded written now, and wait for it; whether it is."""
         with self._changed:
+            for waiting in self._waiting.values():
+                waiting.due = 0.0
+            self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._waiting and not self._is_writing, timeout)
 
     def close(self, timeout: float = 5.0) -> bool:
@@ -282,6 +299,7 @@ class CatalogWriter:
             if is_away:
                 newer = self._waiting.get(entry.folder.path)
                 entry.announced.update(newer.announced if newer else {})
+                entry.due = 0.0
                 self._waiting[entry.folder.path] = entry
             if error and error != self._error:
                 log.error("the catalog is behind: %s", error)
@@ -290,13 +308,17 @@ class CatalogWriter:
         return not is_away
 
     def _next(self) -> _Waiting | None:
-        """The run that has waited longest; None when closed."""
+        """The run that is due first; None when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            if self._is_closed:
-                return None
-            self._is_writing = True
-            return self._waiting.pop(next(iter(self._waiting)))
+            while not self._is_closed:
+                first = min(self._waiting.values(), key=lambda entry: entry.due, default=None)
+                now = time.monotonic()
+                if first is not None and first.due <= now:
+                    self._counts_due = now + _COUNTS_EVERY_S
+                    self._is_writing = True
+                    return self._waiting.pop(first.folder.path)
+                self._changed.wait(None if first is None else first.due - now)
+            return None
 
 
 def _run_row(folder: RunFolder) -> RunRow:

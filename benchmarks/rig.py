@@ -75,6 +75,7 @@ class Rig(AbstractContextManager["Rig"]):
         self.root.mkdir(parents=True)
         self.buffer_bytes, self._encrypts, self._root_before = buffer_bytes, encrypts, os.environ.get(_ROOT)
         self.children, self._n_runs = Children(folder / "logs"), 0
+        self._forgotten: list[Path] = []
         self.service, control, serving, relayed, *ends = (f"tcp://127.0.0.1:{free_port()}" for _ in range(8))
         detectors, pushes = ends[:2], ends[2:]
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -166,6 +167,7 @@ class Rig(AbstractContextManager["Rig"]):
 
     def start(self, how: str, **arguments: Any) -> Stream:
         """A new run, begun by the sender: its stream, as soon as it is there."""
+        self.make_room()
         self._n_runs += 1
         self.ask(how, run=self._n_runs, **arguments)
         return self._stream(f"{EXPERIMENT}/{self._n_runs}")
@@ -195,8 +197,17 @@ class Rig(AbstractContextManager["Rig"]):
             raise FramesLost(f"{n} frames were sent, {len(seen)} consumed; ledger: {ledger}; look for the reason first")
 
     def forget(self, stream: Stream) -> None:
-        """Make room on the disk for the next series."""
-        shutil.rmtree(self.root / EXPERIMENT / str(stream.header.run))
+        """Nobody needs this run any more; its files go when the next one begins.
+
+        As with the bare loop, whose file is emptied then. A virtual machine gives memory that is free for two
+        seconds back to its host, and has to fetch each page again: writing to it takes three times as long.
+        """
+        self._forgotten.append(self.root / EXPERIMENT / str(stream.header.run))
+
+    def make_room(self) -> None:
+        """Remove the runs that were forgotten."""
+        while self._forgotten:
+            shutil.rmtree(self._forgotten.pop())
 
     # ---- through something else -----------------------------------------------------------------
 

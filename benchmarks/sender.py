@@ -102,9 +102,11 @@ class _Sender:
         return {}
 
     def start_rows(self, run: int, n: int, ack: str) -> dict[str, Any]:
-        """A run of rows without payload."""
+        """A run of rows without payload, in chunks as a producer makes them that is told nothing."""
         self._run = self._producer(ack).run(run, planned=n)
-        header = StreamHeader(experiment=EXPERIMENT, run=run, data_source=SOURCE, kind="table", planned=n)
+        header = StreamHeader(
+            experiment=EXPERIMENT, run=run, data_source=SOURCE, kind="table", planned=n, frames_per_chunk=10_000
+        )
         self._run.start(header)
         return {}
 

@@ -105,6 +105,16 @@ class GroupLog:
         )
         return [name for (name,) in rows]
 
+    def forget_runs(self, is_gone: Callable[[str, int], bool]) -> None:
+        """Forget the groups of runs that are no more: a new run of that number begins with new ones."""
+        runs = self._db.execute("SELECT DISTINCT experiment, run FROM consumer_group").fetchall()
+        gone = [run for run in runs if is_gone(*run)]
+        ids = "SELECT id FROM consumer_group WHERE experiment = ? AND run = ?"
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for table in ("handed_out", "piece", "consumer_group"):
+                self._db.executemany(f"DELETE FROM {table} WHERE id IN ({ids})", gone)
+
     def save(self, groups: Mapping[GroupKey, Group]) -> None:
         """Write the groups that have changed, in one transaction."""
         dirty = [(key, group) for key, group in groups.items() if group.is_dirty]

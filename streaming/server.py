@@ -16,12 +16,15 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from storage.catalog import Catalog
 from storage.errors import AccessDenied, BufferFull, NearlineError, ProtocolError, SourceBusy
+from storage.models import RunState
+from storage.run_folder import RunFolder
 from streaming import wire
 from streaming.groups import GroupLog
 from streaming.handlers import HANDLERS, Answer, Call, Client, Desk
@@ -134,6 +137,7 @@ class Server(threading.Thread):
         self._socket = _bound(bind, secure, self._inbox)
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._group_log = GroupLog(recorder.root / "groups.sqlite")
+        self._group_log.forget_runs(lambda experiment, run: _is_gone(recorder.root / experiment / str(run)))
         self.desk = Desk(
             recorder=recorder,
             catalog=catalog,
@@ -438,6 +442,16 @@ def _bound(bind: str, secure: Callable[[Any], None], inbox: _Inbox) -> "zmq.Sock
             "stop it or choose another address with --bind"
         ) from error
     return socket
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such run, or none of its frames."""
+    if not (path / "run.json").exists():
+        return True
+    try:
+        return RunFolder.open(path).state is RunState.deleted
+    except NearlineError:  # damaged; that can be mended
+        return False
 
 
 def _key_of(request: Any) -> StreamKey | None:

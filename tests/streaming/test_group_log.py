@@ -47,6 +47,21 @@ def deliveries(group: Group, states: IndexStates) -> list[tuple[int, int]]:
     return [(lease.frame_index, lease.delivery) for lease in group.take(states, "m", 60, 1000)]
 
 
+def test_groups_of_runs_that_are_no_more_are_forgotten(open_log):
+    """Or a run that is taken anew under its number would begin where the old one had ended."""
+    log, other_run = open_log(), ("lyso", 2, "eiger", "mine")
+    for key in (KEY, OTHER, other_run):
+        group = log.load(key)
+        group.drop_dead([])
+        group.take(stored(10), "m", 60, 4)
+        group.seek(3)
+        log.save({key: group})
+    log.forget_runs(lambda experiment, run: (experiment, run) == ("lyso", 1))
+    assert log.names(KEY[:3]) == []
+    assert open_log().load(KEY).cursor == 0
+    assert open_log().load(other_run).cursor == 3
+
+
 # ---- what is kept --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,15 +124,20 @@ class Connection:
 
     def wait(self, number: int, timeout: float) -> Reply:
         """The answer to a request under way, as `ask`."""
+        return self.take(self.wait_any([number], timeout))
+
+    def wait_any(self, numbers: Sequence[int], timeout: float) -> int:
+        """Which of several requests under way was answered first; `take` has the answer. Errors as of `ask`."""
         deadline = time.monotonic() + timeout
-        while number not in self._answered:
+        while (first := next((n for n in self._answered if n in numbers), None)) is None:
             if not self.pump(min(max(deadline - time.monotonic(), 0.0), _POLL_MS / 1000)):
                 if self.stop is not None and self.stop.is_set():
                     raise Interrupted("stopped waiting, as asked")
                 if time.monotonic() > deadline:
-                    self.forget(number)
+                    for number in numbers:
+                        self.forget(number)
                     raise self._unavailable()
-        return self.take(number)
+        return first
 
     def take(self, number: int) -> Reply:
         """An answer that is there; its error, if it is one."""

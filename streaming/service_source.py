@@ -28,6 +28,9 @@ log = logging.getLogger("nearline.client")
 _WAIT_SLICE_S = 10.0
 # Frames leased at a time at most, when they are done quickly.
 _MOST_LEASED = 512
+# What one answer carries at most: few enough to be passed on from the processor's cache, and many enough
+# to keep a wire busy. Where more is waiting, so many answers are on their way at a time.
+_MOST_BYTES, _MOST_AHEAD = 8 << 20, 3
 # A batch done within this time is small: the next may be twice as many.
 _QUICK_S = 0.25
 _ACKNOWLEDGE_S = 0.05
@@ -178,9 +181,9 @@ class _Member:
         self._max_deliveries = max_deliveries
         self._name = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
         self._n_frames = 1
-        self._is_quick = False
+        self._is_quick = self._is_behind = False
         self._slice_s = _WAIT_SLICE_S
-        self._ahead: int | None = None
+        self._ahead: list[int] = []
         self._done: list[tuple[int, int]] = []
         self._acknowledged_at = time.monotonic()
         self._unanswered: list[int] = []
@@ -191,10 +194,15 @@ class _Member:
         """The next frames; none at the end of the stream, or at the time-out."""
         self._slice_s = next(_slices(timeout))
         for slice_s in _slices(timeout):
-            number = self._ahead if self._ahead is not None else self._ask(slice_s)
-            self._ahead = None
-            reply, parts = self._connection.wait(number, _WAIT_SLICE_S + _ANSWER_S)
+            if not self._ahead:
+                self._ahead.append(self._ask(slice_s))
+            # In the order of the answers, which is that of the frames: of two requests, the later may find them first.
+            number = self._connection.wait_any(self._ahead, _WAIT_SLICE_S + _ANSWER_S)
+            self._ahead.remove(number)
+            reply, parts = self._connection.take(number)
             if reply.infos:
+                n_bytes = sum(info.size_bytes for info in reply.infos)
+                self._is_behind = n_bytes > _MOST_BYTES // 2 or len(reply.infos) >= _MOST_LEASED
                 return self._lease(reply, split_payload(reply.infos, parts))
             if reply.is_end:
                 break
@@ -205,7 +213,8 @@ class _Member:
         received = time.monotonic()
         if self._is_quick:
             # The next ones travel while these are worked on.
-            self._ahead = self._ask(self._slice_s)
+            while len(self._ahead) < (_MOST_AHEAD if self._is_behind else 1):
+                self._ahead.append(self._ask(self._slice_s))
         for frame in leased:
             frame.is_seen = True
             yield frame
@@ -223,8 +232,8 @@ class _Member:
         try:
             self._connection.stop = None
             self._acknowledge(leaves=True)
-            if self._ahead is not None:
-                reply, parts = self._connection.wait(self._ahead, _GIVE_BACK_S)
+            for number in self._ahead:
+                reply, parts = self._connection.wait(number, _GIVE_BACK_S)
                 self._lease(reply, split_payload(reply.infos, parts))
             self._give_back(list(self._held.values()), 0.0)
             for number in self._unanswered:
@@ -258,6 +267,7 @@ class _Member:
                 group=self._group,
                 member=self._name,
                 max_frames=self._n_frames,
+                max_bytes=_MOST_BYTES,
                 lease_s=self._lease_s,
                 timeout_s=timeout_s,
                 done=done,

@@ -72,10 +72,14 @@ class Call:
     key: StreamKey | None = None
     # What a handler that waits has prepared, so as not to do it again each time.
     prepared: Any = None
+    payload_bytes: int = field(init=False)
 
-    @property
-    def payload_bytes(self) -> int:
-        return sum(len(part) for part in self.parts)
+    def __post_init__(self) -> None:
+        self.payload_bytes = sum(map(len, self.parts))
+
+    def let_go(self) -> None:
+        """The payload is on its way: kept here, it would stay in memory until somebody looks for cycles."""
+        self.parts, self.prepared = [], None
 
     @property
     def is_overdue(self) -> bool:
@@ -165,6 +169,8 @@ class Desk:
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
     # What a frame of a stream took when it was last handed out: no more are leased than an answer can carry.
     typical_bytes: dict[StreamKey, int] = field(default_factory=dict)
+    # Groups for which the librarian is at the disk: whoever asks meanwhile waits, or would overtake it.
+    fetching: set[GroupKey] = field(default_factory=set)
     _views: OrderedDict[StreamKey, StreamView] = field(default_factory=OrderedDict)
     _opening: set[StreamKey] = field(default_factory=set)
     _errors: dict[StreamKey, NearlineError] = field(default_factory=dict)

@@ -24,6 +24,7 @@ def put_frames(desk: Desk, call: Call) -> Answer | None:
         raise _not_open(request.stream)
     if not desk.recorder.buffer.reserve(sum(frame.cost_bytes for frame in put.frames), 0.0):
         return None
+    call.let_go()
     if call.payload_bytes <= _SMALL_BYTES:
         desk.recorder.take(put)
     else:

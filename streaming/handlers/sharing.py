@@ -1,13 +1,14 @@
 """Consumer groups: frames leased to members, acknowledged, given back; looking after groups."""
 
 import logging
+from collections import deque
 from typing import Any
 
 from storage.errors import CorruptFrame, FrameMissing, NearlineError
 from storage.frame import RawFrame
 from storage.names import check_name
 from streaming import wire
-from streaming.groups import Group, Lease
+from streaming.groups import Group, GroupKey, Lease
 from streaming.handlers.desk import (
     LATER,
     MOST_BYTES_AN_ANSWER,
@@ -110,6 +111,8 @@ def take_back(desk: Desk, request: Any, reply: Any) -> None:
 
 def _hand_out(desk: Desk, call: Call, view: StreamView, group: Group) -> Answer | None:
     request, member = call.request, check_name(call.request.member, "member")
+    if _key(call) in desk.fetching:
+        return _answer(call, [], [], group) if call.is_overdue else None
     lease_s = bounded(request.lease_s, 0.05, _MAX_LEASE_S)
     credit = min(max(request.max_bytes, 1), call.client.credit, MOST_BYTES_AN_ANSWER)
     room = 1 + credit // (desk.typical_bytes.get(request.stream.key, 0) + ROW_BYTES)
@@ -137,27 +140,28 @@ def _hand_out(desk: Desk, call: Call, view: StreamView, group: Group) -> Answer 
 def _fetch(desk: Desk, call: Call, view: StreamView, group: Group, leases: list[Lease], credit: int) -> Answer:
     """Frames that are on disk only: the librarian reads them, within the client's credit."""
     _untake(group, leases[_MOST_FROM_DISK:])
-    wanted = leases[:_MOST_FROM_DISK]
+    wanted = deque(leases[:_MOST_FROM_DISK])
+    desk.fetching.add(_key(call))
 
     def fetch() -> None:
         found: list[tuple[Lease, list[RawFrame]]] = []
         damaged: list[tuple[Lease, str]] = []
         gone: list[Lease] = []
-        left, rest = credit, 0
-        for rest, lease in enumerate(wanted, 1):  # noqa: B007
-            try:
-                parts = desk.from_disk(view, lease.frame_index)
-            except FrameMissing:  # in memory only, and it has made room just now: the group will pass it
-                gone.append(lease)
-                continue
-            except (CorruptFrame, OSError) as error:
-                damaged.append((lease, str(error)))
-                continue
-            found.append((lease, parts))
-            left -= sum(part.nbytes + ROW_BYTES for part in parts)
-            if left <= 0:
-                break
-        desk.do_later(lambda: _fetched(desk, call, group, found, damaged, gone + wanted[rest:]))
+        left = credit
+        try:
+            while wanted and left > 0:
+                lease = wanted[0]
+                try:
+                    parts = desk.from_disk(view, lease.frame_index)
+                    found.append((lease, parts))
+                    left -= sum(part.nbytes + ROW_BYTES for part in parts)
+                except FrameMissing:  # in memory only, and it has made room just now: the group will pass it
+                    gone.append(lease)
+                except (CorruptFrame, OSError) as error:
+                    damaged.append((lease, str(error)))
+                wanted.popleft()
+        finally:
+            desk.do_later(lambda: _fetched(desk, call, group, found, damaged, [*gone, *wanted]))
 
     desk.librarian.do(fetch)
     return LATER
@@ -172,6 +176,7 @@ def _fetched(
     rest: list[Lease],
 ) -> None:
     """In the server thread: answer with what was read; the rest is as if it had never been taken."""
+    desk.fetching.discard(_key(call))
     for lease, why in damaged:
         # No member will ever get it, and the group must go on.
         log.error("group %s goes on without a damaged frame: %s", call.request.group, why)
@@ -181,8 +186,12 @@ def _fetched(
     given = [lease for lease, parts in found for _ in parts]
     _note_size(desk, call, frames)
     desk.send(call, _answer(call, frames, given, group))
-    if damaged or rest:
-        desk.changed(call.request.stream.key)
+    # For those who wait behind it.
+    desk.changed(call.request.stream.key)
+
+
+def _key(call: Call) -> GroupKey:
+    return (*call.request.stream.key, call.request.group)
 
 
 def _note_size(desk: Desk, call: Call, frames: list[RawFrame]) -> None:

@@ -3,14 +3,17 @@
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from storage.errors import BadName, ProtocolError, StaleLease
+from storage.models import StreamHeader
 from storage.states import FrameState, IndexStates
 from streaming import wire
 from streaming.groups import Group
@@ -321,6 +324,38 @@ def test_two_processes_share_all_frames_exactly_once(tmp_path):
     assert all(shares), "both had work"
 
 
+LARGE = (1024, 1024)
+
+
+def follow_large(address: str, shares: list[list[tuple[int, int]]]) -> None:
+    """Take frames of 2 MiB as fast as they come, so that several answers are on their way."""
+    frames = open_run("lyso/1", service=address)["eiger"].follow(group="swift", timeout=30)
+    shares.append([(frame.frame_index, frame.delivery) for frame in frames])
+
+
+@pytest.mark.parametrize("buffer_bytes", [512 << 20, 24 << 20], ids=["from memory", "most from disk"])
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_frames_come_in_order_and_once_however_many_answers_are_on_their_way(tmp_path, buffer_bytes, n_members):
+    """Of two requests that wait, the later may find frames first; what a fetch cannot carry goes to those behind it."""
+    frame, shares = np.zeros(LARGE, np.uint16), list[list[tuple[int, int]]]()
+    with serving(tmp_path, buffer_bytes=buffer_bytes) as service, producing(service.address) as out:
+        header = StreamHeader(
+            experiment="lyso", run=1, data_source="eiger", shape=LARGE, dtype="uint16", codec="raw", frames_per_chunk=20
+        )
+        out.start(header)
+        members = [threading.Thread(target=follow_large, args=(service.address, shares)) for _ in range(n_members)]
+        for number in range(120):
+            out.send(frame)
+            if number == 60:  # half of it is there before anybody asks
+                for one in members:
+                    one.start()
+        out.finish()
+        for one in members:
+            one.join(60)
+    assert sorted(itertools.chain(*shares)) == [(i, 1) for i in range(120)]
+    assert all(share == sorted(share) for share in shares)
+
+
 def test_killed_member_s_frames_go_to_another(tmp_path):
     with serving(tmp_path) as service:
         record_run(service.address, range(30))
@@ -381,6 +416,16 @@ def test_group_survives_a_restart_of_the_service(tmp_path):
         rest = [f.frame_index for f in open_run(f"{service.address}/lyso/1")["eiger"].follow(group="mine")]
     assert first == list(range(8))
     assert rest == list(range(7, 20)), "the eighth was in its hands"
+
+
+def test_run_taken_anew_under_its_number_begins_with_new_groups(tmp_path):
+    """Somebody cleaned up by hand; the old group had seen everything there was."""
+    for _ in range(2):
+        with serving(tmp_path) as service:
+            record_run(service.address, range(10))
+            frames = open_run("lyso/1", service=service.address)["eiger"].follow(group="mine")
+            assert [frame.frame_index for frame in frames] == list(range(10))
+        shutil.rmtree(tmp_path / "lyso" / "1")
 
 
 def test_leases_over_the_wire(tmp_path):

@@ -44,6 +44,10 @@ SpaceGroup = Annotated[str | None, typer.Option(help="Space group, e.g. 'P 43 21
 
 def main() -> None:
     """Entry point: our own errors become one sentence on standard error and exit code 1."""
+    if _command() == "serve":
+        from streaming.memory import begin_with_huge_pages
+
+        begin_with_huge_pages()
     try:
         app()
     except NearlineError as error:
@@ -55,6 +59,10 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted; the same command goes on where it stopped, where there was anything to keep")
         sys.exit(130)
+
+
+def _command() -> str | None:
+    return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
 
 
 def _is_verbose() -> bool:

@@ -20,7 +20,8 @@ def split_payload(infos: list[FrameInfo], parts: list[zmq.Frame]) -> list[Any]:
     """
     sizes = [info.size_bytes for info in infos]
     if len(parts) == len(infos):
-        blobs: list[Any] = [part.buffer for part in parts]
+        # The parts themselves, not views of them: ZeroMQ passes its own frames on without a helper thread.
+        blobs: list[Any] = list(parts)
     elif len(parts) == 1 and all(0 <= size <= wire.GLUE_BYTES for size in sizes):
         glued, at, blobs = parts[0].buffer, 0, []
         for size in sizes:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from storage.names import check_name
 from storage.upload import Uploader
 from streaming.connectors.eiger import EigerConnector
 from streaming.live_stream import StreamKey
-from streaming.memory import keep_freed_memory
+from streaming.memory import collect_rarely, keep_freed_memory
 from streaming.metrics import ServiceMetrics, resident_bytes
 from streaming.recorder import Recorder
 from streaming.security import Authority, announce_key, check_bind, secure_server, service_folder
@@ -33,6 +34,10 @@ from streaming.wire import DEFAULT_ADDRESS
 __all__ = ["DEFAULT_ADDRESS", "DEFAULT_DETECTOR", "Service", "ServiceSettings", "SourceSettings"]
 
 log = logging.getLogger("nearline.service")
+
+# A thread that makes a chunk's table holds the interpreter for milliseconds; those that frames wait for
+# get it after this long (Python: 5 ms).
+_SWITCH_S = 0.0005
 
 DEFAULT_DETECTOR = "tcp://127.0.0.1:31001"
 
@@ -138,9 +143,9 @@ class Service:
         if self._uploader is not None:
             self._uploader.resume(self._root)
         # Numba takes a while to import; the first frames are checked without it.
-        kernels = threading.Thread(target=use_compiled_kernels, name="kernels", daemon=True)
-        kernels.start()
-        self._stack.callback(kernels.join)
+        self._kernels = threading.Thread(target=use_compiled_kernels, name="kernels", daemon=True)
+        self._kernels.start()
+        self._stack.callback(self._kernels.join)
         self._server.start()
         for connector in self._connectors:
             connector.start()
@@ -154,6 +159,10 @@ class Service:
         self._server.stop()
         self._stack.close()
         log.info("stopped")
+
+    def await_kernels(self) -> None:
+        """Wait until everything is loaded that the service will use."""
+        self._kernels.join()
 
     def status(self) -> dict[str, Any]:
         """The service's condition, as `nearline status` shows it: a `streaming.status.ServiceStatus`."""
@@ -216,6 +225,9 @@ def serve_until_signal(settings: ServiceSettings, ready: Any = None) -> None:
     with Service(settings) as service:
         if ready:
             ready(service)
+        service.await_kernels()
+        collect_rarely()
+        sys.setswitchinterval(_SWITCH_S)
         stop.wait()
 
 

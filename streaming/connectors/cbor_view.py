@@ -66,17 +66,21 @@ class _Reader:
             return _BREAK
         if major == 7:
             return self._simple_or_float(minor)
-        length = self._argument(minor) if minor != 31 else None
+        length = None if minor == 31 else minor if minor < 24 else self._argument(minor)
+        if length is not None:  # most items are names and numbers
+            if major == 0:
+                return length
+            if major == 3:
+                return str(self._take(length), "utf-8")
         return _MAJORS[major](self, length, depth)
 
     def _argument(self, minor: int) -> int:
-        if minor < 24:
-            return minor
+        if minor == 24:
+            self.at += 1
+            return self.data[self.at - 1]
         if minor > 27:
             raise BadMessage(f"CBOR item with reserved length code {minor}")
-        n_bytes = 1 << (minor - 24)
-        raw = self._take(n_bytes)
-        return int.from_bytes(raw, "big")
+        return int.from_bytes(self._take(1 << (minor - 24)), "big")
 
     def _take(self, n_bytes: int) -> memoryview:
         if n_bytes > self.data.nbytes - self.at:
@@ -107,9 +111,7 @@ class _Reader:
         return self._take(length)
 
     def _text(self, length: int | None, depth: int) -> str:
-        if length is None:
-            return "".join(self._pieces(depth, str))
-        return str(self._take(length), "utf-8")
+        return "".join(self._pieces(depth, str))
 
     def _list(self, length: int | None, depth: int) -> list[Any]:
         items: list[Any] = []

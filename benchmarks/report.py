@@ -21,8 +21,8 @@ from benchmarks.program import find_program
 __all__ = ["machine", "program_version", "table", "versions", "write_json"]
 
 _PACKAGES = (
-    "nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "google-crc32c", "awscrt", "pyarrow",
-    "redis", "nats-py",
+    "nearline", "numpy", "numba", "bitshuffle", "zarr", "pyzmq", "blake3", "xxhash", "google-crc32c", "awscrt",
+    "pyarrow", "redis", "nats-py",
 )  # fmt: skip
 _PROGRAMS = ("redis-server", "nats-server")
 _SIGNS = {"of limit": "≥ {} of it", "at least": "≥ {}", "at most": "≤ {}"}

@@ -32,8 +32,8 @@ def measure(options: Options) -> list[Figure]:
     megabytes = frames.total_bytes(n) / n / 1e6
     figures = [
         _beside("journal append alone, page cache", t, "append", "plain", n, "plain file write"),
-        _beside("append with crc32c and blake3, page cache", t, "whole", "plain", n, "plain file write"),
-        _beside("append with crc32c and blake3, durable", t, "durable", "plain durable", n, "plain file + fdatasync"),
+        _beside("append with crc32c and XXH3, page cache", t, "whole", "plain", n, "plain file write"),
+        _beside("append with crc32c and XXH3, durable", t, "durable", "plain durable", n, "plain file + fdatasync"),
         _beside("the same with sealing of every chunk", t, "sealed", "plain durable", n, "plain file + fdatasync"),
     ]
     in_bytes = [_in_gigabytes(one, megabytes) for one in figures[1:3]]

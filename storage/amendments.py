@@ -12,11 +12,9 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import blake3
-
 from storage.codec import Buffer
 from storage.files import is_local, make_folder, publish, replace, sync_folder
-from storage.frame import FrameInfo, RawFrame, blob_digest, content_digest
+from storage.frame import FrameInfo, RawFrame, chunk_digest, file_digest
 from storage.frame_table import frame_table, table_bytes
 from storage.journal import Journal
 from storage.models import Record
@@ -148,15 +146,12 @@ class Amendments:
 
     @staticmethod
     def _commit_of(number: int, segment: Journal, table: bytes, epoch: int) -> AmendmentCommit:
-        digest = blake3.blake3()
-        for slot in sorted(segment.infos):
-            digest.update(content_digest(segment.infos[slot]))
         return AmendmentCommit(
             segment=number,
             n_frames=len({info.frame_index for info in segment.infos.values()}),
             size_bytes=sum(info.size_bytes for info in segment.infos.values()),
-            digest=digest.hexdigest(),
-            table_digest=blob_digest(table).hex(),
+            digest=chunk_digest(segment.infos),
+            table_digest=file_digest(table),
             epoch=epoch,
             sealed_at=datetime.now(UTC),
         )

@@ -26,7 +26,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from storage.errors import BadFrame
-from storage.kernels import HEAD_BYTES, PLAIN, Kernels, lz4_address
+from storage.kernels import HEAD_BYTES, PLAIN, Kernels, lz4_address, quicker
 
 __all__ = ["COMPILED", "agree"]
 
@@ -243,4 +243,4 @@ def _decode_blocks(
     return at + left
 
 
-COMPILED = Kernels("compiled", _end_of_blocks, _decode_bslz4, crc32c)
+COMPILED = Kernels("compiled", _end_of_blocks, _decode_bslz4, quicker(crc32c, PLAIN.crc32c))

@@ -3,26 +3,29 @@
 Slots and MessagePack rather than validated models: this is the hot path.
 """
 
-import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import blake3
 import msgspec
 import numpy as np
+import xxhash
 
 from storage.codec import Buffer
-from storage.errors import BadFrame
 from storage.kernels import kernels
+from storage.metadata import NO_META, unpack_meta
 
-__all__ = ["FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "content_digest", "meta_bytes", "meta_json"]
+__all__ = [
+    "FrameInfo", "RawFrame", "blob_crc32c", "blob_digest", "chunk_digest", "content_digest", "file_digest",
+    "has_digest",
+]  # fmt: skip
 
 
 # What the frame table's columns can hold; a number beyond it would stop a chunk from being sealed.
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-_LARGEST_META_BYTES = 4 << 20
-_DEEPEST_META = 32
-_FLAT = frozenset((str, int, float, bool, type(None)))
-_NO_BYTES_DIGEST = blake3.blake3(b"").digest()
+# What a frame without metadata has in digests and tables.
+_EMPTY = b"{}"
+_NO_BYTES_DIGEST = xxhash.xxh3_128_digest(b"")
 
 
 class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
@@ -33,7 +36,7 @@ class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
     ``utc_uncertainty_ns`` how far it may be off. ``received_ns`` is the receiver's clock.
     ``producer`` and ``sequence`` name one sending, so that a retry is known as one. ``part`` is
     the detector module, counted from 0, of a frame that comes in parts; ``late`` says that the
-    frame came after its chunk was sealed without it.
+    frame came after its chunk was sealed without it. ``meta_json`` is written by `storage.metadata.pack_meta`.
     """
 
     frame_index: int
@@ -53,9 +56,14 @@ class FrameInfo(msgspec.Struct, array_like=True, kw_only=True):
     trigger_index: _Int64 | None = None
     producer: str = ""
     sequence: _Int64 | None = None
-    meta: dict[str, Any] = {}
+    meta_json: bytes = NO_META
     part: int = 0
     late: bool = False
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The metadata, made anew each time."""
+        return unpack_meta(self.meta_json)
 
 
 class RawFrame(msgspec.Struct):
@@ -73,42 +81,6 @@ class RawFrame(msgspec.Struct):
         return self.info.size_bytes
 
 
-def meta_bytes(meta: dict[str, Any]) -> int:
-    """Size of a frame's metadata as JSON, which is how it is kept for good.
-
-    Raises
-    ------
-    BadFrame : not JSON (bytes, dates, circles), nested too deep, or larger than 4 MiB.
-    """
-    if not meta:
-        return 0
-    try:
-        if not _FLAT.issuperset(map(type, meta.values())):
-            _require_json(meta, 0)
-        size = len(_plain_json(meta))
-    except (TypeError, ValueError) as error:
-        raise BadFrame(f"a frame's metadata must be plain JSON: {error}") from None
-    if size > _LARGEST_META_BYTES:
-        raise BadFrame(f"a frame's metadata of {size} bytes is larger than {_LARGEST_META_BYTES}; send it as a frame")
-    return size
-
-
-def _require_json(item: Any, depth: int) -> None:
-    """Containers of containers of plain values, with text for keys; looks at leaves by type alone, for speed."""
-    if depth > _DEEPEST_META:
-        raise BadFrame(f"a frame's metadata is nested deeper than {_DEEPEST_META} levels; make it flatter")
-    if isinstance(item, dict):
-        if not all(isinstance(key, str) for key in item):
-            raise TypeError("a key is not text")
-        item = item.values()
-    for value in item:
-        if type(value) in _FLAT:
-            continue
-        if not isinstance(value, dict | list | tuple):
-            raise TypeError(f"a value of type {type(value).__name__}")
-        _require_json(value, depth + 1)
-
-
 def blob_crc32c(blob: Buffer) -> int:
     """crc32c (Castagnoli) of the bytes, as Zarr's codec of that name computes it."""
     if not len(blob):
@@ -117,8 +89,26 @@ def blob_crc32c(blob: Buffer) -> int:
 
 
 def blob_digest(blob: Buffer) -> bytes:
-    """blake3 of the bytes, 32 bytes long."""
-    return blake3.blake3(memoryview(blob)).digest() if len(blob) else _NO_BYTES_DIGEST
+    """XXH3 of the bytes, 128 bits: as fast as they can be read. Two frames do not share it, but a forger could try."""
+    return xxhash.xxh3_128_digest(blob) if len(blob) else _NO_BYTES_DIGEST
+
+
+def has_digest(blob: Buffer, digest: bytes) -> bool:
+    """Whether a digest was made of these bytes; one of 32 bytes, from an earlier version, is blake3."""
+    return digest == (blake3.blake3(memoryview(blob)).digest() if len(digest) == 32 else blob_digest(blob))
+
+
+def file_digest(content: bytes) -> str:
+    """blake3 of a small file, hex."""
+    return blake3.blake3(content).hexdigest()
+
+
+def chunk_digest(infos: Mapping[int, FrameInfo]) -> str:
+    """blake3 over the frames of a chunk, given by slot, in index order; hex. See `content_digest`."""
+    digest = blake3.blake3()
+    for slot in sorted(infos):
+        digest.update(content_digest(infos[slot]))
+    return digest.hexdigest()
 
 
 def content_digest(info: FrameInfo) -> bytes:
@@ -131,15 +121,7 @@ def content_digest(info: FrameInfo) -> bytes:
         info.frame_index, info.part, info.size_bytes, info.start_tick, info.stop_tick, info.tick_rate,
         info.series_unique_id, info.series_frame, info.trigger_index,
     ]  # fmt: skip
-    return blake3.blake3(info.digest + _sorted_json(facts) + meta_json(info.meta, is_sorted=True)).digest()
+    return blake3.blake3(info.digest + _json(facts) + (info.meta_json or _EMPTY)).digest()
 
 
-def meta_json(meta: dict[str, Any], *, is_sorted: bool = False) -> bytes:
-    """A frame's metadata as JSON text, in the order of its keys or in one that does not depend on it."""
-    text = _sorted_json(meta) if is_sorted else _plain_json(meta)
-    # The fast encoder writes NaN and infinity as null; Python's writes what Python reads back.
-    return text if b"null" not in text else json.dumps(meta, sort_keys=is_sorted, default=str).encode()
-
-
-_plain_json = msgspec.json.Encoder().encode
-_sorted_json = msgspec.json.Encoder(order="deterministic").encode
+_json = msgspec.json.Encoder().encode

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.files import readable
-from storage.frame import FrameInfo, meta_json
+from storage.frame import FrameInfo
 
 __all__ = ["FIXED_COLUMNS", "META", "PREFIXES", "RESERVED_NAMES", "FrameRows", "gather_rows", "typed_array", "unified"]
 
@@ -109,12 +109,16 @@ class _Open:
     def __init__(self, infos: list[FrameInfo]) -> None:
         self._infos = infos
 
+    @cached_property
+    def _metas(self) -> list[dict[str, Any]]:
+        return [info.meta for info in self._infos]
+
     def metadata_names(self) -> Iterable[str]:
-        keys = {key for info in self._infos for key, value in info.meta.items() if _is_scalar(value)}
+        keys = {key for meta in self._metas for key, value in meta.items() if _is_scalar(value)}
         return keys - FIXED_COLUMNS.keys() - {META}
 
     def has_metadata(self, name: str) -> bool:
-        return any(_is_scalar(info.meta.get(name)) for info in self._infos)
+        return any(_is_scalar(meta.get(name)) for meta in self._metas)
 
     def columns(self, names: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
         return {name: self._column(name) for name in names}
@@ -123,8 +127,8 @@ class _Open:
         if name in FIXED_COLUMNS:
             return pa.array([getattr(info, name) for info in self._infos], FIXED_COLUMNS[name])
         if name == META:
-            return pa.array([meta_json(info.meta).decode() for info in self._infos], pa.string())
-        return typed_array([info.meta.get(name) for info in self._infos])
+            return pa.array([info.meta_json or b"{}" for info in self._infos], pa.string())
+        return typed_array([meta.get(name) for meta in self._metas])
 
 
 class FrameRows:

@@ -2,19 +2,20 @@
 
 import errno
 import io
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import CorruptFrame, NearlineError
 from storage.files import readable
-from storage.frame import FrameInfo, meta_json
+from storage.frame import FrameInfo
+from storage.metadata import NO_META
 
 __all__ = ["frame_table", "read_frame_table", "read_sendings", "table_bytes"]
 
@@ -42,7 +43,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _FIELDS = tuple(_SCHEMA.names)
-_META = "meta"
+_META, _NOTHING = "meta", b"{}"
 # A source that invents keys would make a table of a million columns; the JSON keeps the rest.
 _MOST_COLUMNS = 500
 
@@ -54,20 +55,24 @@ def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
     keys beyond the first 500.
     """
     rows = sorted(infos, key=lambda info: (info.frame_index, info.part))
-    columns = [pa.array([getattr(row, name) for row in rows], _SCHEMA.field(name).type) for name in _FIELDS]
+    by_field = dict(
+        zip(FrameInfo.__struct_fields__, zip(*map(msgspec.structs.astuple, rows), strict=True), strict=False)
+    )
+    columns = [pa.array(by_field.get(name, ()), _SCHEMA.field(name).type) for name in _FIELDS]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
     metas = [row.meta for row in rows]
     for key in sorted({k for meta in metas for k in meta} - set(_FIELDS) - {_META})[:_MOST_COLUMNS]:
         values = _scalar_column([meta.get(key) for meta in metas])
         if values is not None:
             table = table.append_column(key, values)
-    return table.append_column(_META, pa.array([meta_json(meta).decode() for meta in metas], pa.string()))
+    return table.append_column(_META, pa.array([row.meta_json or _NOTHING for row in rows], pa.string()))
 
 
 def table_bytes(table: pa.Table) -> bytes:
     """The table as a Parquet file in memory, ready to be published in one step."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    # Not the metadata's text: each is another, and would be looked up in a dictionary for nothing.
+    pq.write_table(table, sink, compression="zstd", use_dictionary=[n for n in table.column_names if n != _META])
     return sink.getvalue()
 
 
@@ -83,7 +88,7 @@ def read_frame_table(path: Path) -> list[FrameInfo]:
         columns = [table.column(name).to_pylist() for name in _FIELDS]
         metas = table.column(_META).to_pylist()
         return [
-            FrameInfo(**dict(zip(_FIELDS, values, strict=True)), meta=json.loads(meta))
+            FrameInfo(**dict(zip(_FIELDS, values, strict=True)), meta_json=_text_of(meta))
             for *values, meta in zip(*columns, metas, strict=True)
         ]
 
@@ -135,6 +140,10 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise CorruptFrame(
             f"frame table {path} is gone or damaged ({error}); restore it from a copy, or leave its frames out"
         ) from error
+
+
+def _text_of(meta: str) -> bytes:
+    return NO_META if meta == "{}" else meta.encode()
 
 
 def _scalar_column(values: list[Any]) -> pa.Array | None:

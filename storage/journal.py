@@ -26,12 +26,13 @@ import msgspec
 import numpy as np
 
 from storage.codec import Buffer
-from storage.errors import BadFrame, CorruptFrame, StorageFull
+from storage.errors import BadFrame, CorruptFrame, NewerFile, StorageFull
 from storage.frame import FrameInfo, RawFrame, blob_crc32c
 
 __all__ = ["CRC_BYTES", "MAGIC", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal"]
 
-MAGIC = b"NLJOURN2"
+MAGIC = b"NLJOURN3"
+_EARLIER = (b"NLJOURN1", b"NLJOURN2")
 _FRAME, _ACCOUNT = 0, 1
 _HEAD = struct.Struct("<8sBqIQI")
 _CRC = struct.Struct("<I")
@@ -233,6 +234,7 @@ class Journal:
         self._load(checks_blobs=False)
 
     def _load(self, *, checks_blobs: bool) -> None:
+        self._require_our_version()
         for record, location in scan_journal(self.fd, self.end, checks_blobs=checks_blobs):
             self.end = location.offset + location.length + CRC_BYTES
             if isinstance(record, Account):
@@ -241,6 +243,15 @@ class Journal:
                 slot = record.frame_index * self.parts + record.part
                 self.locations[slot] = location
                 self.infos[slot] = record
+
+    def _require_our_version(self) -> None:
+        """NewerFile for an earlier version's records: to this one they look torn, and would be cut off."""
+        magic = os.pread(self.fd, len(MAGIC), 0)
+        if magic in _EARLIER:
+            raise NewerFile(
+                f"{self.path} is a journal {magic.decode()}, this version writes {MAGIC.decode()}; "
+                "start the version that wrote it on this data folder and let it end its runs, nothing is changed here"
+            )
 
     def _write(self, pieces: list[Buffer], n_bytes: int) -> None:
         """All pieces at the journal's end, or StorageFull with the file cut back to where it was."""

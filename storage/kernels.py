@@ -16,6 +16,7 @@ import logging
 import os
 import struct
 import threading
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from storage.errors import BadFrame
 
-__all__ = ["HEAD_BYTES", "PLAIN", "Kernels", "kernels", "lz4_address", "use_compiled_kernels"]
+__all__ = ["HEAD_BYTES", "PLAIN", "Kernels", "kernels", "lz4_address", "quicker", "use_compiled_kernels"]
 
 log = logging.getLogger("nearline.kernels")
 
@@ -37,6 +38,7 @@ log = logging.getLogger("nearline.kernels")
 HEAD_BYTES = 12
 _LENGTH = struct.Struct(">I")
 _WORTH_COMPILING_BYTES = 2 << 30
+_SAMPLE_BYTES = 1 << 20
 
 # The C entry points behind `bitshuffle.compress_lz4`: called directly they decode into the
 # caller's buffer and let the GIL go, which the Python wrapper does not.
@@ -102,6 +104,15 @@ def _compiled() -> Kernels | None:
 def lz4_address() -> int:
     """Where the bitshuffle wheel's `LZ4_decompress_safe` is in memory."""
     return ctypes.cast(library.LZ4_decompress_safe, ctypes.c_void_p).value or 0
+
+
+def quicker(one: Callable[[Any], int], other: Callable[[Any], int]) -> Callable[[Any], int]:
+    """Which of two checksums is the quicker one on this processor: each is written for some, and slow on others.
+
+    The best of a few calls on 1 MiB, some 2 ms in all.
+    """
+    sample = np.zeros(_SAMPLE_BYTES, np.uint8)
+    return min(one, other, key=lambda checksum: min(timeit.repeat(lambda: checksum(sample), number=1, repeat=5)))
 
 
 def _end_of_blocks(view: np.ndarray, at: int, n_blocks: int) -> int:

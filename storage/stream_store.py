@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-import blake3
 import numpy as np
 
 from storage.account_log import AccountLog
@@ -28,7 +27,7 @@ from storage.answers import Answers
 from storage.codec import Buffer
 from storage.errors import BadFrame, CorruptFrame, FrameTooLate, IndexConflict, StreamOwned
 from storage.files import make_folder, publish, publish_file, replace, sync_folder
-from storage.frame import FrameInfo, RawFrame, blob_digest, content_digest
+from storage.frame import FrameInfo, RawFrame, chunk_digest, content_digest, file_digest
 from storage.frame_table import frame_table, read_sendings, table_bytes
 from storage.journal import Batch, Journal
 from storage.masks import write_plane
@@ -145,7 +144,8 @@ class StreamStore:
                 f"frame {answered} and now comes as frame {info.frame_index}; the first one is kept, check how the "
                 "source counts"
             )
-        found = self._frames.info(info.frame_index, info.part)
+        is_beyond = info.frame_index >= self.states.announced
+        found = None if is_beyond else self._frames.info(info.frame_index, info.part)
         if found is not None:
             self._check_same(found, info)
             self.duplicate += answered is None
@@ -510,9 +510,6 @@ class StreamStore:
 
     def _commit_of(self, chunk: int, infos: dict[int, FrameInfo], table: bytes) -> ChunkCommit:
         ranges = self._sealing[chunk]
-        digest = blake3.blake3()
-        for slot in sorted(infos):
-            digest.update(content_digest(infos[slot]))
         return ChunkCommit(
             chunk=chunk,
             start=ranges[0].start,
@@ -520,8 +517,8 @@ class StreamStore:
             ranges=ranges,
             n_frames=len(infos) if self.header.parts == 1 else len({info.frame_index for info in infos.values()}),
             size_bytes=sum(info.size_bytes for info in infos.values()),
-            digest=digest.hexdigest(),
-            table_digest=blob_digest(table).hex(),
+            digest=chunk_digest(infos),
+            table_digest=file_digest(table),
             epoch=self.epoch,
             sealed_at=datetime.now(UTC),
         )

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import blake3
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
@@ -22,7 +21,7 @@ from pydantic import Field, ValidationError
 from storage.amendments import AmendmentCommit, view_segment
 from storage.errors import CorruptFrame, NearlineError, PlaceUnavailable
 from storage.files import file_sizes, is_local, readable
-from storage.frame import FrameInfo, blob_digest, content_digest
+from storage.frame import FrameInfo, chunk_digest, file_digest, has_digest
 from storage.frame_table import read_frame_table
 from storage.journal import CRC_BYTES, MAGIC, Journal
 from storage.masks import PLANES, read_plane
@@ -318,7 +317,7 @@ class _StreamCheck:
         with check.finding(path):
             content = path.read_bytes()
             check.done(path)
-            if commit.table_digest and blob_digest(content).hex() != commit.table_digest:
+            if commit.table_digest and file_digest(content) != commit.table_digest:
                 check.found(path, _OTHER_TABLE, _RESTORE)
             rows = {info.frame_index * header.parts + info.part: info for info in read_frame_table(path)}
             for problem in _differences(rows, commit, header):
@@ -365,7 +364,7 @@ class _StreamCheck:
         check = self.run_check
         check.n_frames += 1
         check.n_bytes += len(blob)
-        if info is not None and blob_digest(blob) != info.digest:
+        if info is not None and not has_digest(blob, info.digest):
             remedy = "restore shard and frame table from a copy, or leave the frame out"
             check.found(path, "its bytes are not those that were received: the digest differs", remedy, frame_index)
 
@@ -476,12 +475,12 @@ class _StreamCheck:
             commit: AmendmentCommit = check.parse(AmendmentCommit, path.with_suffix(".json"))
             with check.finding(path):
                 segment = view_segment(path, header.parts)
-                if _digest_of(segment.infos) != commit.digest:
+                if chunk_digest(segment.infos) != commit.digest:
                     check.found(path, f"does not hold the {commit.n_frames} late frames that were sealed", _RESTORE)
                 self._check_records(path, segment, header.parts)
             table = path.with_suffix(".parquet")
             with check.finding(table):
-                if blob_digest(table.read_bytes()).hex() != commit.table_digest:
+                if file_digest(table.read_bytes()) != commit.table_digest:
                     check.found(table, _OTHER_TABLE, _RESTORE)
                 read_frame_table(table)
 
@@ -507,15 +506,8 @@ def _differences(rows: dict[int, FrameInfo], commit: ChunkCommit, header: Stream
     n_bytes = sum(info.size_bytes for info in rows.values())
     if n_bytes != commit.size_bytes:
         yield f"speaks of {n_bytes} bytes, the commit of {commit.size_bytes}"
-    if _digest_of(rows) != commit.digest:
+    if chunk_digest(rows) != commit.digest:
         yield "its rows differ from what was sealed: the chunk's digest is another"
-
-
-def _digest_of(rows: dict[int, FrameInfo]) -> str:
-    digest = blake3.blake3()
-    for slot in sorted(rows):
-        digest.update(content_digest(rows[slot]))
-    return digest.hexdigest()
 
 
 def _short(error: Exception) -> str:

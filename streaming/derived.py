@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from storage.codec import Buffer
 from storage.errors import StreamNotOpen
 from storage.frame import FrameInfo, blob_crc32c, blob_digest
+from storage.metadata import pack_meta
 from storage.models import StreamHeader
 from storage.run_folder import RunFolder
 from storage.stream_store import Admission, StreamStore
@@ -76,7 +77,7 @@ class _IntoFolder:
     def send(self, rows: list[Row]) -> None:
         for index, blob, meta in rows:
             blob = b"" if blob is None else blob
-            info = FrameInfo(frame_index=index, size_bytes=memoryview(blob).nbytes, meta=meta)
+            info = FrameInfo(frame_index=index, size_bytes=memoryview(blob).nbytes, meta_json=pack_meta(meta))
             info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
             admission = self._store.admit(info)
             if admission is Admission.new:

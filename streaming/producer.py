@@ -24,6 +24,7 @@ import zmq
 from storage.codec import encode
 from storage.errors import BadFrame, BufferFull, IndexConflict, NearlineError, ProtocolError, StorageFull, StreamNotOpen
 from storage.frame import FrameInfo
+from storage.metadata import pack_meta
 from storage.models import DetectorHeader, StreamHeader
 from streaming import wire
 from streaming.client import Connection
@@ -322,7 +323,7 @@ class RunProducer:
             size_bytes=size,
             producer=self._producer.sender,
             sequence=self._sequence,
-            meta=meta,
+            meta_json=pack_meta(meta),
             part=part,
         )
         self._sequence += 1

@@ -120,7 +120,7 @@ class Frame:
         """Row and bytes together, as storage and steps know them."""
         return self._raw
 
-    @property
+    @cached_property
     def meta(self) -> dict[str, Any]:
         """Metadata that came with the frame."""
         return self._raw.info.meta

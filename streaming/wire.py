@@ -74,7 +74,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 DEFAULT_ADDRESS = "tcp://127.0.0.1:5600"
 WINDOW_BYTES = 128 << 20
 GLUE_BYTES = 64 << 10

@@ -164,9 +164,6 @@ class Writer(threading.Thread):
         """``new``, or what became of a frame that is not written to the journal."""
         info, store = frame.info, stream.store
         try:
-            before = None if info.sequence is None else store.answered(info.producer, info.sequence)
-            if before not in (None, info.frame_index):
-                raise IndexConflict(f"sending {info.sequence} of {info.producer} is frame {before} already")
             admission = store.admit(info)
             if admission is Admission.late:
                 store.append_late(info, frame.blob)

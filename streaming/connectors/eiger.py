@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from storage.errors import BadFrame, BadMessage, BadName, NearlineError
 from storage.frame import FrameInfo
+from storage.metadata import NO_META, pack_meta
 from storage.models import StreamHeader
 from storage.names import check_name
 from storage.run_folder import RunFolder
@@ -300,10 +301,8 @@ def _frame_info(message: ImageMessage) -> FrameInfo:
         series_id=message.series_id,
         series_unique_id=message.series_unique_id,
         series_frame=message.image_id,
-        meta=message.user_data if isinstance(message.user_data, dict) else {},
+        meta_json=pack_meta(_meta_of(message.user_data)) if message.user_data else NO_META,
     )
-    if message.user_data and not isinstance(message.user_data, dict):
-        info.meta = {"image_appendix": message.user_data}
     if message.series_date and message.tick_rate and message.start_tick is not None:
         # Absolute frame time = series_date + start_time (stream v2 documentation).
         info.utc_ns = _absolute_ns(message.series_date, message.start_tick, message.tick_rate)
@@ -311,6 +310,10 @@ def _frame_info(message: ImageMessage) -> FrameInfo:
     if info.utc_ns is None:
         info.utc_ns = time.time_ns()
     return info
+
+
+def _meta_of(user_data: Any) -> dict[str, Any]:
+    return user_data if isinstance(user_data, dict) else {"image_appendix": user_data}
 
 
 def _absolute_ns(series_date: datetime, tick: int, tick_rate: int) -> int | None:

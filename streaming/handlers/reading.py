@@ -32,7 +32,7 @@ def wait(desk: Desk, call: Call) -> Answer | None:
         return None
     status = view.status
     if status.watermark > call.request.above or status.is_terminal or call.is_overdue:
-        return json_answer(call, status.model_dump())
+        return wire.JsonReply(id=call.request.id, body=status.model_dump_json().encode()), NO_PAYLOAD
     return None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from storage.errors import ProtocolError
-from storage.frame import meta_bytes
+from storage.metadata import pack_meta
 from storage.models import StreamHeader
 from storage.names import check_name, run_key
 from streaming import wire
@@ -69,7 +69,7 @@ def get_status(desk: Desk, call: Call) -> Answer:
 
 def start_run(desk: Desk, call: Call) -> Answer:
     r = call.request
-    meta_bytes(r.user_data)  # or the error that it is not plain JSON
+    pack_meta(r.user_data)  # or the error that it is not plain JSON
     folder = desk.recorder.start_run(
         r.experiment, r.run, sample=r.sample, user_data=r.user_data, request_key=r.request_key, is_open=r.is_open
     )
@@ -92,7 +92,7 @@ def add_event(desk: Desk, call: Call) -> Answer:
     r = call.request
     if r.kind not in _EVENT_KINDS:
         raise ProtocolError(f"event kind {r.kind[:40]!r} is not yours to add; use one of {', '.join(_EVENT_KINDS)}")
-    meta_bytes(r.payload)
+    pack_meta(r.payload)
     event = desk.folder(r.experiment, r.run).add_event(r.kind, r.payload)
     return json_answer(call, event.model_dump(mode="json"))
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from storage.frame import FrameInfo, blob_crc32c, blob_digest
+from storage.metadata import pack_meta
 from storage.run_folder import RunFolder
 from storage.states import FrameState
 from storage.stream_store import StreamStore
@@ -31,7 +32,11 @@ def content(index: int) -> bytes:
 def row(index: int) -> FrameInfo:
     blob = content(index)
     return FrameInfo(
-        frame_index=index, size_bytes=len(blob), crc32c=blob_crc32c(blob), digest=blob_digest(blob), meta={"i": index}
+        frame_index=index,
+        size_bytes=len(blob),
+        crc32c=blob_crc32c(blob),
+        digest=blob_digest(blob),
+        meta_json=pack_meta({"i": index}),
     )
 
 

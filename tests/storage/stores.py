@@ -7,6 +7,7 @@ import numpy as np
 
 from storage.codec import encode
 from storage.frame import FrameInfo, blob_crc32c, blob_digest
+from storage.metadata import pack_meta
 from storage.models import RunHeader, StreamHeader
 from storage.run_folder import RunFolder
 from storage.stream_store import StreamStore
@@ -32,8 +33,8 @@ def new_store(root: Path, **options) -> StreamStore:
     return StreamStore.create(new_folder(root), new_header(**options))
 
 
-def row(index: int, blob: bytes, **fields) -> FrameInfo:
-    info = FrameInfo(frame_index=index, size_bytes=len(blob), **fields)
+def row(index: int, blob: bytes, meta: dict | None = None, **fields) -> FrameInfo:
+    info = FrameInfo(frame_index=index, size_bytes=len(blob), meta_json=pack_meta(meta or {}), **fields)
     info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
     return info
 

@@ -10,6 +10,7 @@ import pytest
 from storage.frame import FrameInfo
 from storage.frame_columns import META, gather_rows, typed_array
 from storage.frame_table import frame_table, table_bytes
+from storage.metadata import pack_meta
 
 SIZE = 4
 
@@ -17,7 +18,7 @@ SIZE = 4
 def rows_of(values):
     """One row for each value; ``...`` means a frame without the key."""
     metas = [{} if value is ... else {"x": value} for value in values]
-    return [FrameInfo(frame_index=i, size_bytes=i, meta=meta) for i, meta in enumerate(metas)]
+    return [FrameInfo(frame_index=i, size_bytes=i, meta_json=pack_meta(meta)) for i, meta in enumerate(metas)]
 
 
 def gathered(infos, tmp_path, sealed=(), start=0, stop=None):
@@ -68,19 +69,21 @@ def test_fixed_columns_and_json(tmp_path):
 
 
 def test_names_are_those_of_all_chunks(tmp_path):
-    infos = [FrameInfo(frame_index=i, meta={"abcdefgh"[i]: i, "frame_index": 3, "meta": 1}) for i in range(8)]
+    infos = [
+        FrameInfo(frame_index=i, meta_json=pack_meta({"abcdefgh"[i]: i, "frame_index": 3, "meta": 1})) for i in range(8)
+    ]
     assert gathered(infos, tmp_path, [0]).metadata_names == list("abcdefgh")
 
 
 @pytest.mark.parametrize("key", ['odd "name"', "läser", "a.b", "x" * 300, "", "%_", "meta.x"])
 def test_odd_keys(tmp_path, key):
-    infos = [FrameInfo(frame_index=i, meta={key: "text" if i == 2 else i}) for i in range(8)]
+    infos = [FrameInfo(frame_index=i, meta_json=pack_meta({key: "text" if i == 2 else i})) for i in range(8)]
     values = gathered(infos, tmp_path, [0, 1]).columns([key])[key].to_pylist()
     assert values == ["0", "1", "text", "3", "4", "5", "6", "7"]
 
 
 def test_keys_beyond_the_most_columns_are_found(tmp_path):
-    infos = [FrameInfo(frame_index=i, meta={f"k{n:04}": n for n in range(600)}) for i in range(4)]
+    infos = [FrameInfo(frame_index=i, meta_json=pack_meta({f"k{n:04}": n for n in range(600)})) for i in range(4)]
     assert gathered(infos, tmp_path, [0]).columns(["k0599"])["k0599"].to_pylist() == [599] * 4
 
 
@@ -98,7 +101,10 @@ def test_nothing(tmp_path):
 def test_rows_become_columns_quickly():
     """Two hundred thousand rows a second are asked for; ten times that is usual."""
     n = 100_000
-    infos = [FrameInfo(frame_index=i, meta={"delay": i / 10, "laser": i % 2 == 0, "well": "A1"}) for i in range(n)]
+    infos = [
+        FrameInfo(frame_index=i, meta_json=pack_meta({"delay": i / 10, "laser": i % 2 == 0, "well": "A1"}))
+        for i in range(n)
+    ]
     rows = gather_rows(0, n, 100, lambda a, b: iter(infos[a:b]))
     started = time.perf_counter()
     columns = rows.columns(["frame_index", "size_bytes", "delay", "laser", "well"])

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from storage.errors import BadFrame, CorruptFrame, StorageFull
+from storage.errors import BadFrame, CorruptFrame, NewerFile, StorageFull
 from storage.journal import Journal
 from storage.shard import ShardReader
 
@@ -141,8 +141,21 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     assert list(Journal.recover(tmp_path / "j", 0, 8).infos) == list(BLOBS)
 
 
+def test_another_versions_journal_is_left_alone(tmp_path):
+    """To this version its records look torn: cutting them off would lose what was stored."""
+    fill(Journal.create(tmp_path / "j", 0, 8))
+    content = b"NLJOURN2" + (tmp_path / "j").read_bytes()[8:]
+    (tmp_path / "j").write_bytes(content)
+    for opened in (Journal.recover, Journal.view):
+        with pytest.raises(NewerFile, match="start the version that wrote it"):
+            opened(tmp_path / "j", 0, 8)
+    assert (tmp_path / "j").read_bytes() == content
+
+
 def test_row_that_recovery_would_not_read_is_refused(tmp_path):
     journal = Journal.create(tmp_path / "j", 0, 8)
+    info = row(0, b"")
+    info.meta_json = b'{"x":"' + b"y" * (65 << 20) + b'"}'
     with pytest.raises(BadFrame, match="recovery would not read it"):
-        journal.append(row(0, b"", meta={"x": "y" * (65 << 20)}), b"")
+        journal.append(info, b"")
     assert journal.end == 0

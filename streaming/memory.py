@@ -13,7 +13,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _NEVER = (1 << 31) - 1
 _ARENAS = 2
 # Where glibc is told such things before a program begins, and what it is told (manual, "Memory Allocation Tunables").
-_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+# One arena: glibc asks for huge pages for the first one only, and ZeroMQ's thread would get another.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 _KERNEL_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # New objects between two looks for cycles, and looks at the young between two at older ones (Python: 700, 10, 10).
 _COLLECT = (20_000, 20, 20)

@@ -12,6 +12,7 @@ import pytest
 from streaming.handlers.desk import Call, Client
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 _PROGRAM = """
 import os, sys
 from streaming.memory import begin_with_huge_pages
@@ -33,7 +34,7 @@ def test_a_program_begins_once_more_as_the_same_process_with_its_arguments(befor
     )
     first, second, last = done.stdout.splitlines()
     assert first == second
-    assert last == f"{first.removesuffix('before')}{before}{':' if before else ''}glibc.malloc.hugetlb=1"
+    assert last == f"{first.removesuffix('before')}{before}{':' if before else ''}{HUGE_PAGES}"
 
 
 def test_a_call_keeps_no_payload_that_is_on_its_way() -> None:

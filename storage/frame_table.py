@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from storage.errors import CorruptFrame, NearlineError
 from storage.files import readable
 from storage.frame import FrameInfo
-from storage.metadata import NO_META
+from storage.metadata import NO_META, scalar_columns
 
 __all__ = ["frame_table", "read_frame_table", "read_sendings", "table_bytes"]
 
@@ -44,6 +45,7 @@ _SCHEMA = pa.schema(
 )
 _FIELDS = tuple(_SCHEMA.names)
 _META, _NOTHING = "meta", b"{}"
+_OWN = frozenset((*_FIELDS, _META))
 # A source that invents keys would make a table of a million columns; the JSON keeps the rest.
 _MOST_COLUMNS = 500
 
@@ -60,11 +62,11 @@ def frame_table(infos: Iterable[FrameInfo]) -> pa.Table:
     )
     columns = [pa.array(by_field.get(name, ()), _SCHEMA.field(name).type) for name in _FIELDS]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA)
-    metas = [row.meta for row in rows]
-    for key in sorted({k for meta in metas for k in meta} - set(_FIELDS) - {_META})[:_MOST_COLUMNS]:
-        values = _scalar_column([meta.get(key) for meta in metas])
-        if values is not None:
-            table = table.append_column(key, values)
+    named = ((key, values) for key, values in scalar_columns([row.meta_json for row in rows]) if key not in _OWN)
+    for key, values in itertools.islice(named, _MOST_COLUMNS):
+        column = _scalar_column(values)
+        if column is not None:
+            table = table.append_column(key, column)
     return table.append_column(_META, pa.array([row.meta_json or _NOTHING for row in rows], pa.string()))
 
 

@@ -6,13 +6,14 @@ another order for the digest, was half of what a small row cost.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from storage.errors import BadFrame
 
-__all__ = ["NO_META", "pack_meta", "require_meta", "unpack_meta"]
+__all__ = ["NO_META", "pack_meta", "require_meta", "scalar_columns", "unpack_meta"]
 
 # Without metadata there is no text at all.
 NO_META = b""
@@ -24,6 +25,8 @@ _TEXT = frozenset((str,))
 # Keys in their order, so that equal metadata are equal bytes, and have one digest.
 _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+# Each value as the text it is. It looks less closely: only for what `_decode` has read before.
+_decode_top = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def pack_meta(meta: dict[str, Any]) -> bytes:
@@ -68,6 +71,39 @@ def unpack_meta(text: bytes) -> dict[str, Any]:
         return _decode(text)
     except msgspec.MsgspecError:  # NaN and infinity, which JSON does not have and Python writes all the same
         return dict(json.loads(text))
+
+
+def scalar_columns(texts: Sequence[bytes]) -> Iterator[tuple[str, list[Any]]]:
+    """The values of many frames by key, in the order of the keys; None where a frame does not have it.
+
+    Keys whose first value is nested are left out, and nothing is made of it: it may be a trace of a thousand numbers.
+    """
+    rows: list[dict[str, Any]]
+    try:
+        rows, is_text = [_decode_top(text) if text else {} for text in texts], True
+    except msgspec.MsgspecError:  # what only Python reads
+        rows, is_text = [unpack_meta(text) for text in texts], False
+    for key in sorted({key for row in rows for key in row}):
+        column = [row.get(key) for row in rows]
+        values = _read_pieces(column) if is_text else _not_nested(column)
+        if values is not None:
+            yield key, values
+
+
+def _read_pieces(pieces: list[Any]) -> list[Any] | None:
+    """JSON texts of single values, decoded in one go."""
+    if bytes(next(piece for piece in pieces if piece is not None)).lstrip()[:1] in (b"{", b"["):
+        return None
+    column = b"[%b]" % b",".join([b"null" if piece is None else piece for piece in pieces])
+    try:
+        return list(msgspec.json.decode(column))
+    except msgspec.MsgspecError:
+        return list(json.loads(column))
+
+
+def _not_nested(values: list[Any]) -> list[Any] | None:
+    first = next((value for value in values if value is not None), None)
+    return None if isinstance(first, dict | list) else values
 
 
 def _require_size(text: bytes) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from storage.errors import BadFrame
-from storage.metadata import NO_META, pack_meta, require_meta, unpack_meta
+from storage.metadata import NO_META, pack_meta, require_meta, scalar_columns, unpack_meta
 
 DEEP: dict = {}
 for _ in range(50):
@@ -30,6 +30,25 @@ def test_not_a_number_comes_back():
     found = unpack_meta(text)
     assert math.isnan(found["b"])
     assert found["a"] == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    "metas",
+    [
+        [{"a": 1, "b": "x"}, {}, {"a": None, "c": [1, 2]}, {"b": {"d": 1}, "a": 2.5, "c": 3}],
+        [{"a": math.inf, "c": [1]}, {"a": 1, "b": None}],
+        [{"n": 2**80}, {"n": -1}],
+        [{}],
+        [],
+    ],
+    ids=["usual", "odd", "large", "nothing", "none"],
+)
+def test_columns_are_what_single_frames_have(metas):
+    found = dict(scalar_columns([pack_meta(meta) for meta in metas]))
+    firsts = {key: next(m[key] for m in metas if key in m) for meta in metas for key in meta}
+    expected = {key for key, first in firsts.items() if not isinstance(first, dict | list)}
+    assert found == {key: [meta.get(key) for meta in metas] for key in expected}
+    assert list(found) == sorted(found)
 
 
 def test_equal_metadata_are_equal_bytes():

@@ -42,8 +42,9 @@ _ABSENT = np.uint64(2**64 - 1)
 _LARGEST_META_BYTES = 64 << 20
 # Bytes up to here are cheaper copied into one piece than handed to the kernel one by one.
 _JOINED_BYTES = 32 << 10
-# Pieces that one `pwritev` takes (IOV_MAX of Linux).
-_MOST_PIECES = 1024
+# Pieces that one `pwritev` takes (IOV_MAX of Linux), and bytes: more at a time fills the page cache by larger folios,
+# which have to be found first. Linux 6.18: 0.55 ms for a frame of 1.2 MB up to here, 1.0 in calls of 10 MB, 2.7 of 240.
+_MOST_PIECES, _MOST_BYTES = 1024, 2 << 20
 
 
 class Account(msgspec.Struct, array_like=True, frozen=True):
@@ -167,7 +168,7 @@ class Journal:
             batch.infos[slot], batch.locations[slot] = info, Location(at, size)
             at += size + CRC_BYTES
         pieces.append(b"".join(small))
-        self._write(pieces, at - self.end)
+        self._write(pieces)
         batch.end = at
         return batch
 
@@ -192,7 +193,7 @@ class Journal:
         meta = _encode(account)
         head = _HEAD.pack(MAGIC, _ACCOUNT, 0, len(meta), 0, 0)
         record = head + _CRC.pack(google_crc32c.extend(google_crc32c.value(head), meta)) + meta + _CRC.pack(0)
-        self._write([record], len(record))
+        self._write([record])
         self.accounts.append(account)
         self.end += len(record)
 
@@ -216,7 +217,7 @@ class Journal:
             rows[slots, 0] = [location.offset for location in self.locations.values()]
             rows[slots, 1] = [location.length + CRC_BYTES for location in self.locations.values()]
         raw = rows.tobytes()
-        self._write([raw, _CRC.pack(google_crc32c.value(raw))], len(raw) + CRC_BYTES)
+        self._write([raw, _CRC.pack(google_crc32c.value(raw))])
         # Enough: the size is written with the data, and nothing else of the inode is needed.
         os.fdatasync(self.fd)
 
@@ -253,13 +254,12 @@ class Journal:
                 "start the version that wrote it on this data folder and let it end its runs, nothing is changed here"
             )
 
-    def _write(self, pieces: list[Buffer], n_bytes: int) -> None:
+    def _write(self, pieces: list[Buffer]) -> None:
         """All pieces at the journal's end, or StorageFull with the file cut back to where it was."""
-        written = 0
+        at = self.end
         try:
-            while written < n_bytes:
-                rest = _remaining(pieces, written)
-                written += os.pwritev(self.fd, rest[:_MOST_PIECES], self.end + written)
+            for call in _calls(pieces):
+                at += _write_all(self.fd, call, at)
         except OSError as error:
             self.cut()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -315,6 +315,32 @@ def read_located(fd: int, location: Location, crc: int, frame_index: int, path: 
             "or leave the frame out"
         )
     return blob
+
+
+def _calls(pieces: list[Buffer]) -> Iterator[list[Buffer]]:
+    """The pieces as one `pwritev` after the other should take them."""
+    call: list[Buffer] = []
+    n_bytes = 0
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        for start in range(0, view.nbytes, _MOST_BYTES):
+            part = view[start : start + _MOST_BYTES]
+            if call and (n_bytes + part.nbytes > _MOST_BYTES or len(call) == _MOST_PIECES):
+                yield call
+                call, n_bytes = [], 0
+            call.append(part)
+            n_bytes += part.nbytes
+    if call:
+        yield call
+
+
+def _write_all(fd: int, pieces: list[Buffer], at: int) -> int:
+    """Write all of the pieces, also if the kernel takes only some at a time; how many bytes."""
+    n_bytes = sum(len(piece) for piece in pieces)
+    written = 0
+    while written < n_bytes:
+        written += os.pwritev(fd, _remaining(pieces, written), at + written)
+    return n_bytes
 
 
 def _remaining(pieces: list[Buffer], written: int) -> list[Buffer]:

@@ -162,6 +162,10 @@ class Put:
     ack: AckLevel = "stored"
     settled: Settled | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(frame.nbytes for frame in self.frames)
+
     def tell(self, outcomes: list[str]) -> None:
         if self.settled:
             self.settled([frame.info.frame_index for frame in self.frames], outcomes)

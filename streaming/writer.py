@@ -30,6 +30,8 @@ log = logging.getLogger("nearline.writer")
 _TICK_S = 0.25
 _RETRY_FULL_DISK_S = 0.5
 _MOST_AT_ONCE = 256
+# With a second of frames in one go, the first of them would wait for the last to be written.
+_MOST_BYTES_AT_ONCE = 16 << 20
 # The disk refuses for now; what was queued waits. Anything else concerns one file and is not waited for.
 _WAIT_AND_RETRY = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 _KEPT = "kept"
@@ -107,12 +109,15 @@ class Writer(threading.Thread):
                 self._carry_out(self._hooks.tick)
 
     def _take(self) -> list[Put | Callable[[], None] | None]:
-        """Everything that is queued now, at least one thing; or nothing after a while."""
+        """What is queued now, at least one thing and few enough bytes; or nothing after a while."""
         items: list[Put | Callable[[], None] | None] = []
+        n_bytes = 0
         try:
             items.append(self._queue.get(timeout=_TICK_S))
-            while len(items) < _MOST_AT_ONCE:
-                items.append(self._queue.get_nowait())
+            while len(items) < _MOST_AT_ONCE and n_bytes < _MOST_BYTES_AT_ONCE:
+                item = self._queue.get_nowait()
+                items.append(item)
+                n_bytes += item.nbytes if isinstance(item, Put) else 0
         except queue.Empty:
             pass
         return items

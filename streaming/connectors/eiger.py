@@ -8,6 +8,7 @@ thread stops reading, says so, and what the detector then drops is found by its 
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -75,6 +76,8 @@ class EigerConnector(threading.Thread):
         self._stopping = threading.Event()
         self._pending: _Pending | None = None
         self._complained: set[str] = set()
+        # The series of the last image, and its streams.
+        self._current: tuple[Any, dict[str | None, LiveStream]] = (None, {})
 
     def stop(self) -> None:
         """Stop reading; what was read is already queued."""
@@ -84,13 +87,14 @@ class EigerConnector(threading.Thread):
     def run(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
+        socket.setsockopt(zmq.RCVTIMEO, _POLL_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         socket.connect(self.endpoint)
         try:
             while not self._stopping.is_set():
-                if socket.poll(_POLL_MS):
+                with suppress(zmq.Again):
                     self._receive(socket.recv_multipart(copy=False))
         finally:
             socket.close()
@@ -238,7 +242,7 @@ class EigerConnector(threading.Thread):
             start = self._pending.message
             self._open_run(start, {n: (a.shape, a.dtype, a.codec) for n, a in message.channels.items()})
             self._pending = None
-        streams = {s.header.channel: s for s in self._series(message.series_unique_id, message.series_id)}
+        streams = self._streams_of(message)
         if not streams:
             raise BadMessage(
                 f"image of series {message.series_id} before any start message of it; its frames are left out "
@@ -249,6 +253,15 @@ class EigerConnector(threading.Thread):
             if stream is None:
                 raise BadMessage(f"image of channel {channel!r}, which the start message did not announce")
             self._take(stream, message, array)
+
+    def _streams_of(self, message: ImageMessage) -> dict[str | None, LiveStream]:
+        """Open streams of an image's series by channel; looked for once a series, among all there are."""
+        series = (message.series_unique_id, message.series_id)
+        known, streams = self._current
+        if series != known or not all(stream.is_open for stream in streams.values()):
+            streams = {s.header.channel: s for s in self._series(*series)}
+            self._current = (series, streams)
+        return streams
 
     def _take(self, stream: LiveStream, message: ImageMessage, array: Any) -> None:
         """Queue one array; one that contradicts its header is rejected by index, with the reason."""

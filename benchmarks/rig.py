@@ -204,6 +204,11 @@ class Rig(AbstractContextManager["Rig"]):
         """
         self._forgotten.append(self.root / EXPERIMENT / str(stream.header.run))
 
+    def empty(self) -> None:
+        """Remove what is left of every series before, the bare loop's as well: its memory is for the next one."""
+        self.make_room()
+        self._bare.begin()
+
     def make_room(self) -> None:
         """Remove the runs that were forgotten."""
         while self._forgotten:

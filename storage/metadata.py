@@ -19,6 +19,7 @@ __all__ = ["NO_META", "pack_meta", "require_meta", "scalar_columns", "unpack_met
 NO_META = b""
 _LARGEST_BYTES = 4 << 20
 _DEEPEST = 32
+_MOST_KEYS = 1000
 _FLAT = frozenset((str, int, float, bool, type(None)))
 _TEXT = frozenset((str,))
 
@@ -70,20 +71,21 @@ def unpack_meta(text: bytes) -> dict[str, Any]:
     try:
         return _decode(text)
     except msgspec.MsgspecError:  # NaN and infinity, which JSON does not have and Python writes all the same
-        return dict(json.loads(text))
+        return dict(json.loads(text.decode()))
 
 
 def scalar_columns(texts: Sequence[bytes]) -> Iterator[tuple[str, list[Any]]]:
     """The values of many frames by key, in the order of the keys; None where a frame does not have it.
 
     Keys whose first value is nested are left out, and nothing is made of it: it may be a trace of a thousand numbers.
+    So are keys beyond the first thousand: a source that invents them would have each looked for in every row.
     """
     rows: list[dict[str, Any]]
     try:
         rows, is_text = [_decode_top(text) if text else {} for text in texts], True
     except msgspec.MsgspecError:  # what only Python reads
         rows, is_text = [unpack_meta(text) for text in texts], False
-    for key in sorted({key for row in rows for key in row}):
+    for key in sorted({key for row in rows for key in row})[:_MOST_KEYS]:
         column = [row.get(key) for row in rows]
         values = _read_pieces(column) if is_text else _not_nested(column)
         if values is not None:
@@ -114,7 +116,7 @@ def _require_size(text: bytes) -> None:
 def _odd_json(text: bytes) -> dict[str, Any]:
     """What the fast decoder refuses may still be what Python's encoder writes."""
     try:
-        meta = json.loads(text)
+        meta = json.loads(text.decode())  # of bytes it would guess other encodings
         if not isinstance(meta, dict):
             raise TypeError(f"{type(meta).__name__} instead of an object")
         json.dumps(meta, ensure_ascii=False).encode()  # or it holds half a character

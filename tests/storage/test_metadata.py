@@ -51,6 +51,12 @@ def test_columns_are_what_single_frames_have(metas):
     assert list(found) == sorted(found)
 
 
+def test_invented_nested_keys_are_not_all_looked_for():
+    texts = [pack_meta({f"k{row}-{number}": [1] for number in range(500)}) for row in range(40)]
+    assert dict(scalar_columns(texts)) == {}
+    assert len(dict(scalar_columns([pack_meta({f"k{n}": n for n in range(3000)})]))) == 1000
+
+
 def test_equal_metadata_are_equal_bytes():
     assert pack_meta({"b": {"d": 1, "c": None}, "a": 2}) == pack_meta({"a": 2, "b": {"c": None, "d": 1}})
     assert pack_meta({}) == NO_META == b""
@@ -83,6 +89,10 @@ def test_only_plain_json_is_metadata(meta, why):
         (b'{"a":"\xff"}', "plain JSON"),
         (b'{"a":["\xff"]}', "plain JSON"),
         (b'{"a":"\\ud800"}', "plain JSON"),
+        (b'{"a":"\xed\xa0\x80","a":1}', "plain JSON"),
+        ('{"a":1}'.encode("utf-16"), "plain JSON"),
+        ('{"a":1}'.encode("utf-16-le"), "plain JSON"),
+        (b'\xef\xbb\xbf{"a":1}', "plain JSON"),
         (b'{"\\ud800":1}', "plain JSON"),
         (b'{"a":' + b"9" * 5000 + b"}", "plain JSON"),
         (b'{"a":' * 50 + b"1" + b"}" * 50, "nested deeper"),
@@ -98,6 +108,10 @@ def test_only_plain_json_is_metadata(meta, why):
         "not UTF-8",
         "not UTF-8 inside",
         "half a character",
+        "half a hidden one",
+        "UTF-16",
+        "UTF-16 without a mark",
+        "UTF-8 with a mark",
         "half a key",
         "5000 digits",
         "deep",

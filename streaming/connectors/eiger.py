@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from storage.errors import BadFrame, BadMessage, BadName, NearlineError
 from storage.frame import FrameInfo
-from storage.metadata import NO_META, pack_meta
+from storage.metadata import pack_meta
 from storage.models import StreamHeader
 from storage.names import check_name
 from storage.run_folder import RunFolder
@@ -258,7 +258,7 @@ class EigerConnector(threading.Thread):
         """Open streams of an image's series by channel; looked for once a series, among all there are."""
         series = (message.series_unique_id, message.series_id)
         known, streams = self._current
-        if series != known or not all(stream.is_open for stream in streams.values()):
+        if series != known or not streams or not all(stream.is_open for stream in streams.values()):
             streams = {s.header.channel: s for s in self._series(*series)}
             self._current = (series, streams)
         return streams
@@ -274,6 +274,8 @@ class EigerConnector(threading.Thread):
         part = stream.find_series(message.series_unique_id, message.series_id)
         info.frame_index += part.offset if part else 0
         try:
+            if message.user_data:
+                info.meta_json = pack_meta(_meta_of(message.user_data))
             if array.shape != header.shape or array.dtype != header.dtype or array.codec != header.codec:
                 raise BadFrame(
                     f"frame {message.image_id} is {array.shape} {array.dtype} {array.codec}, but its series began as "
@@ -314,7 +316,6 @@ def _frame_info(message: ImageMessage) -> FrameInfo:
         series_id=message.series_id,
         series_unique_id=message.series_unique_id,
         series_frame=message.image_id,
-        meta_json=pack_meta(_meta_of(message.user_data)) if message.user_data else NO_META,
     )
     if message.series_date and message.tick_rate and message.start_tick is not None:
         # Absolute frame time = series_date + start_time (stream v2 documentation).

@@ -181,7 +181,7 @@ class _Member:
         self._max_deliveries = max_deliveries
         self._name = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
         self._n_frames = 1
-        self._is_quick = self._is_behind = False
+        self._is_quick, self._n_ahead = False, 1
         self._slice_s = _WAIT_SLICE_S
         self._ahead: list[int] = []
         self._done: list[tuple[int, int]] = []
@@ -202,7 +202,10 @@ class _Member:
             reply, parts = self._connection.take(number)
             if reply.infos:
                 n_bytes = sum(info.size_bytes for info in reply.infos)
-                self._is_behind = n_bytes > _MOST_BYTES // 2 or len(reply.infos) >= _MOST_LEASED
+                is_full = n_bytes > _MOST_BYTES // 2 or len(reply.infos) >= _MOST_LEASED
+                # All of them within half of the window: a service does not hear who asks on beyond it.
+                fitting = wire.WINDOW_BYTES // 2 // max(n_bytes, 1)
+                self._n_ahead = max(1, min(_MOST_AHEAD, fitting)) if is_full else 1
                 return self._lease(reply, split_payload(reply.infos, parts))
             if reply.is_end:
                 break
@@ -213,7 +216,7 @@ class _Member:
         received = time.monotonic()
         if self._is_quick:
             # The next ones travel while these are worked on.
-            while len(self._ahead) < (_MOST_AHEAD if self._is_behind else 1):
+            while len(self._ahead) < self._n_ahead:
                 self._ahead.append(self._ask(self._slice_s))
         for frame in leased:
             frame.is_seen = True

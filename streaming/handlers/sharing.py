@@ -112,7 +112,8 @@ def take_back(desk: Desk, request: Any, reply: Any) -> None:
 def _hand_out(desk: Desk, call: Call, view: StreamView, group: Group) -> Answer | None:
     request, member = call.request, check_name(call.request.member, "member")
     if _key(call) in desk.fetching:
-        return _answer(call, [], [], group) if call.is_overdue else None
+        # An empty answer now would overtake the one that is being fetched; only who leaves gets it.
+        return None if call.deadline else _answer(call, [], [], group)
     lease_s = bounded(request.lease_s, 0.05, _MAX_LEASE_S)
     credit = min(max(request.max_bytes, 1), call.client.credit, MOST_BYTES_AN_ANSWER)
     room = 1 + credit // (desk.typical_bytes.get(request.stream.key, 0) + ROW_BYTES)

@@ -356,6 +356,21 @@ def test_frames_come_in_order_and_once_however_many_answers_are_on_their_way(tmp
     assert all(share == sorted(share) for share in shares)
 
 
+def test_asking_without_waiting_gets_all_there_is(tmp_path):
+    """Also what must be fetched from disk first: an empty answer must not overtake it."""
+    frame = np.zeros((2048, 2048), np.uint16)
+    with serving(tmp_path, buffer_bytes=24 << 20) as service, producing(service.address) as out:
+        header = StreamHeader(
+            experiment="lyso", run=1, data_source="eiger", shape=frame.shape, dtype="uint16", codec="raw"
+        )
+        out.start(header)
+        for _ in range(30):
+            out.send(frame)
+        out.finish()
+        stream = open_run("lyso/1", service=service.address)["eiger"]
+        assert [f.frame_index for f in stream.follow(group="hasty", timeout=0)] == list(range(30))
+
+
 def test_killed_member_s_frames_go_to_another(tmp_path):
     with serving(tmp_path) as service:
         record_run(service.address, range(30))

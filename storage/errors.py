@@ -164,7 +164,7 @@ class SourceBusy(NearlineError, OSError):
 
 
 class NewerFile(NearlineError):
-    """A file of state that another version of this program wrote, a later one mostly."""
+    """A file of the service's state that a later version of this program wrote."""
 
 
 class NotStored(NearlineError):

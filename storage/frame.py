@@ -3,6 +3,7 @@
 Slots and MessagePack rather than validated models: this is the hot path.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ __all__ = [
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 # What a frame without metadata has in digests and tables.
 _EMPTY = b"{}"
+# Digests of earlier versions are as long.
+_BLAKE3_BYTES = 32
 _NO_BYTES_DIGEST = xxhash.xxh3_128_digest(b"")
 
 
@@ -95,7 +98,7 @@ def blob_digest(blob: Buffer) -> bytes:
 
 def has_digest(blob: Buffer, digest: bytes) -> bool:
     """Whether a digest was made of these bytes; one of 32 bytes, from an earlier version, is blake3."""
-    return digest == (blake3.blake3(memoryview(blob)).digest() if len(digest) == 32 else blob_digest(blob))
+    return digest == (blake3.blake3(memoryview(blob)).digest() if len(digest) == _BLAKE3_BYTES else blob_digest(blob))
 
 
 def file_digest(content: bytes) -> str:
@@ -121,7 +124,15 @@ def content_digest(info: FrameInfo) -> bytes:
         info.frame_index, info.part, info.size_bytes, info.start_tick, info.stop_tick, info.tick_rate,
         info.series_unique_id, info.series_frame, info.trigger_index,
     ]  # fmt: skip
-    return blake3.blake3(info.digest + _json(facts) + (info.meta_json or _EMPTY)).digest()
+    meta = _earlier_text(info) if len(info.digest) == _BLAKE3_BYTES else info.meta_json or _EMPTY
+    return blake3.blake3(info.digest + _json(facts) + meta).digest()
+
+
+def _earlier_text(info: FrameInfo) -> bytes:
+    """The metadata as they went into digests when frames had blake3 digests; their tables keep another order."""
+    text = _sorted_json(info.meta)
+    return json.dumps(info.meta, sort_keys=True, default=str).encode() if b"null" in text else text
 
 
 _json = msgspec.json.Encoder().encode
+_sorted_json = msgspec.json.Encoder(order="deterministic").encode

@@ -26,13 +26,15 @@ import msgspec
 import numpy as np
 
 from storage.codec import Buffer
-from storage.errors import BadFrame, CorruptFrame, NewerFile, StorageFull
+from storage.errors import BadFrame, CorruptFrame, StorageFull
 from storage.frame import FrameInfo, RawFrame, blob_crc32c
+from storage.metadata import pack_meta
 
 __all__ = ["CRC_BYTES", "MAGIC", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal"]
 
 MAGIC = b"NLJOURN3"
-_EARLIER = (b"NLJOURN1", b"NLJOURN2")
+# Records of version 2 have their metadata as an object; they are read, not written.
+_MAGIC_2 = b"NLJOURN2"
 _FRAME, _ACCOUNT = 0, 1
 _HEAD = struct.Struct("<8sBqIQI")
 _CRC = struct.Struct("<I")
@@ -64,6 +66,7 @@ class Location(msgspec.Struct, frozen=True, gc=False):
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_info = msgspec.msgpack.Decoder(FrameInfo).decode
+_META_AT = FrameInfo.__struct_fields__.index("meta_json")
 _decode_account = msgspec.msgpack.Decoder(Account).decode
 
 
@@ -235,7 +238,6 @@ class Journal:
         self._load(checks_blobs=False)
 
     def _load(self, *, checks_blobs: bool) -> None:
-        self._require_our_version()
         for record, location in scan_journal(self.fd, self.end, checks_blobs=checks_blobs):
             self.end = location.offset + location.length + CRC_BYTES
             if isinstance(record, Account):
@@ -244,15 +246,6 @@ class Journal:
                 slot = record.frame_index * self.parts + record.part
                 self.locations[slot] = location
                 self.infos[slot] = record
-
-    def _require_our_version(self) -> None:
-        """NewerFile for an earlier version's records: to this one they look torn, and would be cut off."""
-        magic = os.pread(self.fd, len(MAGIC), 0)
-        if magic in _EARLIER:
-            raise NewerFile(
-                f"{self.path} is a journal {magic.decode()}, this version writes {MAGIC.decode()}; "
-                "start the version that wrote it on this data folder and let it end its runs, nothing is changed here"
-            )
 
     def _write(self, pieces: list[Buffer]) -> None:
         """All pieces at the journal's end, or StorageFull with the file cut back to where it was."""
@@ -283,7 +276,7 @@ def scan_journal(fd: int, at: int = 0, *, checks_blobs: bool = True) -> Iterator
             return
         magic, kind, _, meta_length, blob_length, blob_crc = _HEAD.unpack_from(head)
         end = at + _FIXED_BYTES + meta_length + blob_length + CRC_BYTES
-        if magic != MAGIC or meta_length > _LARGEST_META_BYTES or end > size:
+        if magic not in (MAGIC, _MAGIC_2) or meta_length > _LARGEST_META_BYTES or end > size:
             return
         meta = os.pread(fd, meta_length, at + _FIXED_BYTES)
         (crc,) = _CRC.unpack_from(head, _HEAD.size)
@@ -298,7 +291,14 @@ def scan_journal(fd: int, at: int = 0, *, checks_blobs: bool = True) -> Iterator
         elif kind == _FRAME and (
             not checks_blobs or blob_crc32c(os.pread(fd, blob_length, location.offset)) == blob_crc
         ):
-            yield _decode_info(meta), location
+            yield _decode_info(meta) if magic == MAGIC else _decode_info_2(meta), location
+
+
+def _decode_info_2(row: bytes) -> FrameInfo:
+    values = msgspec.msgpack.decode(row)
+    if len(values) > _META_AT:
+        values[_META_AT] = pack_meta(values[_META_AT])
+    return msgspec.convert(values, FrameInfo)
 
 
 def read_located(fd: int, location: Location, crc: int, frame_index: int, path: Path) -> bytes:

@@ -1,9 +1,12 @@
 """Rows of frames as Parquet, for people as much as for us."""
 
+import json
+
+import blake3
 import pyarrow as pa
 import pytest
 
-from storage.frame import FrameInfo, content_digest
+from storage.frame import FrameInfo, content_digest, has_digest
 from storage.frame_table import frame_table, read_frame_table, table_bytes
 from storage.metadata import pack_meta
 
@@ -58,6 +61,25 @@ def test_invented_keys_do_not_make_a_table_of_a_million_columns():
     )
     assert len(table.column_names) < 600
     assert '"k99-49":49' in table.column("meta")[99].as_py()
+
+
+@pytest.mark.parametrize(
+    ("meta", "text"),
+    [
+        ({"stage": 1, "laser": True}, b'{"laser":true,"stage":1}'),
+        ({"b": None, "a": [1, 2]}, b'{"a": [1, 2], "b": null}'),
+        ({}, b"{}"),
+    ],
+    ids=["sorted", "with null", "none"],
+)
+def test_digests_of_earlier_versions_are_made_as_they_were(meta, text):
+    """Frames had blake3 digests then, tables the order of the source, and chunks are still verified."""
+    stored = json.dumps(meta, separators=(",", ":")).encode() if meta else b""
+    info = FrameInfo(frame_index=4, digest=blake3.blake3(b"x").digest(), meta_json=stored)
+    facts = b"[4,0,0,null,null,null,null,null,null]"
+    assert content_digest(info) == blake3.blake3(info.digest + facts + text).digest()
+    assert has_digest(b"x", info.digest)
+    assert not has_digest(b"y", info.digest)
 
 
 def test_content_digest_ignores_how_a_frame_came():

@@ -2,10 +2,14 @@
 
 import errno
 import os
+import struct
 
+import google_crc32c
+import msgspec
 import pytest
 
-from storage.errors import BadFrame, CorruptFrame, NewerFile, StorageFull
+from storage.errors import BadFrame, CorruptFrame, StorageFull
+from storage.frame import FrameInfo
 from storage.journal import Journal
 from storage.shard import ShardReader
 
@@ -141,15 +145,21 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     assert list(Journal.recover(tmp_path / "j", 0, 8).infos) == list(BLOBS)
 
 
-def test_another_versions_journal_is_left_alone(tmp_path):
-    """To this version its records look torn: cutting them off would lose what was stored."""
-    fill(Journal.create(tmp_path / "j", 0, 8))
-    content = b"NLJOURN2" + (tmp_path / "j").read_bytes()[8:]
-    (tmp_path / "j").write_bytes(content)
-    for opened in (Journal.recover, Journal.view):
-        with pytest.raises(NewerFile, match="start the version that wrote it"):
-            opened(tmp_path / "j", 0, 8)
-    assert (tmp_path / "j").read_bytes() == content
+def test_journal_of_version_2_is_read_and_gone_on_with(tmp_path):
+    """Its rows have metadata as an object: that of an open chunk, or of late frames, which stay in this form."""
+    info, content = row(0, b"abc", meta={"b": 1, "a": [2, {"c": None}]}, producer="p", sequence=7), b"abc"
+    values = list(msgspec.structs.astuple(info))
+    values[FrameInfo.__struct_fields__.index("meta_json")] = info.meta
+    meta = msgspec.msgpack.encode(values)
+    head = struct.pack("<8sBqIQI", b"NLJOURN2", 0, 0, len(meta), len(content), info.crc32c)
+    crc = google_crc32c.extend(google_crc32c.value(head), meta)
+    record = head + struct.pack("<I", crc) + meta + content + struct.pack("<I", info.crc32c)
+    (tmp_path / "j").write_bytes(record)
+    journal = Journal.recover(tmp_path / "j", 0, 8)
+    journal.append(row(1, b"de"), b"de")
+    for found in (journal, Journal.view(tmp_path / "j", 0, 8)):
+        assert found.infos == {0: info, 1: row(1, b"de")}
+        assert [bytes(found.read(i).blob) for i in (0, 1)] == [b"abc", b"de"]
 
 
 def test_row_that_recovery_would_not_read_is_refused(tmp_path):

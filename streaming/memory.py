@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["begin_with_huge_pages", "collect_rarely", "keep_freed_memory"]
@@ -15,6 +16,7 @@ _ARENAS = 2
 # Where glibc is told such things before a program begins, and what it is told (manual, "Memory Allocation Tunables").
 # One arena: glibc asks for huge pages for the first one only, and ZeroMQ's thread would get another.
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+_HAS_BEGUN = "NEARLINE_HUGE_PAGES"
 _KERNEL_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # New objects between two looks for cycles, and looks at the young between two at older ones (Python: 700, 10, 10).
 _COLLECT = (20_000, 20, 20)
@@ -33,7 +35,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
-        mallopt(_M_ARENA_MAX, _ARENAS)
+        if "glibc.malloc.arena_max" not in os.environ.get(_TUNABLES, ""):
+            mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def begin_with_huge_pages() -> None:
@@ -44,10 +47,12 @@ def begin_with_huge_pages() -> None:
     environment only, before the program begins. Nothing happens elsewhere, or the second time.
     """
     tunables = os.environ.get(_TUNABLES, "")
-    if "glibc.malloc.hugetlb" in tunables or not _gives_huge_pages():
+    if "glibc.malloc.hugetlb" in tunables or os.environ.get(_HAS_BEGUN) or not _gives_huge_pages():
         return
     os.environ[_TUNABLES] = f"{tunables}:{_HUGE_PAGES}" if tunables else _HUGE_PAGES
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ[_HAS_BEGUN] = "1"  # glibc's own variable does not reach programs with special rights
+    with suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _gives_huge_pages() -> bool:

@@ -109,6 +109,8 @@ class GroupLog:
         """Forget the groups of runs that are no more: a new run of that number begins with new ones."""
         runs = self._db.execute("SELECT DISTINCT experiment, run FROM consumer_group").fetchall()
         gone = [run for run in runs if is_gone(*run)]
+        if not gone:
+            return
         ids = "SELECT id FROM consumer_group WHERE experiment = ? AND run = ?"
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")

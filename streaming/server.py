@@ -137,7 +137,10 @@ class Server(threading.Thread):
         self._socket = _bound(bind, secure, self._inbox)
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._group_log = GroupLog(recorder.root / "groups.sqlite")
-        self._group_log.forget_runs(lambda experiment, run: _is_gone(recorder.root / experiment / str(run)))
+        try:
+            self._group_log.forget_runs(lambda experiment, run: _is_gone(recorder.root / experiment / str(run)))
+        except (sqlite3.Error, OSError) as error:
+            log.warning("could not look for groups of runs that are no more: %s", error)
         self.desk = Desk(
             recorder=recorder,
             catalog=catalog,
@@ -263,7 +266,7 @@ class Server(threading.Thread):
         """When a lease runs out, or a delay ends, that somebody waits for; by stream."""
         found: dict[StreamKey, float] = {}
         waiting = {(*c.key, c.request.group) for c in self._parked if c.key and isinstance(c.request, wire.NextFrames)}
-        for key in waiting:
+        for key in waiting - self.desk.fetching:
             group = self.desk.groups.get(key)
             moment = group.next_event() if group else None
             if moment is not None:
@@ -445,9 +448,9 @@ def _bound(bind: str, secure: Callable[[Any], None], inbox: _Inbox) -> "zmq.Sock
 
 
 def _is_gone(path: Path) -> bool:
-    """Whether there is no such run, or none of its frames."""
-    if not (path / "run.json").exists():
-        return True
+    """Whether there is no such run, or none of its frames; not where a whole experiment cannot be seen."""
+    if not path.exists():
+        return path.parent.is_dir()
     try:
         return RunFolder.open(path).state is RunState.deleted
     except NearlineError:  # damaged; that can be mended

@@ -67,7 +67,7 @@ def collect_rarely() -> None:
     """Have Python look for cyclic garbage less often, and never again among the objects there are now.
 
     A service's frames are freed when nobody refers to them; what is looked through in vain is above all
-    its modules: 50 ms at a time, in which no Python thread runs, and a twentieth of all it does.
+    its modules: 50 ms and more at a time, in which no Python thread runs, some 3 % of all it does.
     """
     gc.collect()
     gc.freeze()

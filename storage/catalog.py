@@ -19,6 +19,7 @@ from typing import Any
 from sqlalchemy import BigInteger, DateTime, Engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, Session, SQLModel, create_engine, delete, select
 
@@ -197,8 +198,11 @@ class Catalog:
                 if self._engine.dialect.name == "postgresql":
                     # Two services that begin at once would both find no tables, and one would fail.
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})"))
-                tables = [RunRow.__table__, StreamRow.__table__]  # type: ignore[attr-defined]
-                SQLModel.metadata.create_all(connection, tables=tables)
+                # Not `create_all`, which looks first: in SQLite another process may be between its look and its table.
+                for table in (RunRow.__table__, StreamRow.__table__):  # type: ignore[attr-defined]
+                    connection.execute(CreateTable(table, if_not_exists=True))
+                    for index in table.indexes:
+                        connection.execute(CreateIndex(index, if_not_exists=True))
             self._has_tables = True
 
 

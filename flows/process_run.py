@@ -7,21 +7,28 @@ import base64
 import io
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import httpx
 from PIL import Image
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectException
+from prefect.states import Completed, State
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from flows.execution import Execution, Executor, Promise, dask_cluster
 from flows.run_processing import ProcessRequest, Progress, run_processing
+from storage.errors import BadRecipe, ProcessingBusy
 from storage.run_folder import ChunkCommit
 from storage.step_store import Processing
 from streaming.retrieval import Run
+from tasks.chunk_job import ChunkJob, StepGroup
 from tasks.recipe import Recipe, load_recipe
 
 __all__ = ["process_run"]
@@ -40,7 +47,9 @@ def process_run(
     service: str | None = None,
     root: str | None = None,
     n_threads: int | None = None,
-) -> dict[str, Any]:
+    execution: Execution | None = None,
+    if_done: Literal["repeat", "skip"] = "repeat",
+) -> Any:
     """Follow a run, live or finished, and analyse each chunk as it is sealed.
 
     Parameters
@@ -51,29 +60,128 @@ def process_run(
     service : address of the streaming service; by default the one on this machine.
     root : data folder to look in when no service answers.
     n_threads : threads over the frames of a chunk; by default one per core.
+    execution : where chunks are analysed, and how many at once; by default here, one after the other.
+    if_done : if the run was processed with the same recipe and code already: repeat makes another processing, skip
+        leaves it at that.
+
+    Returns
+    -------
+    The summary of the processing. If somebody else is at it already, the flow run completes as *Claimed elsewhere*,
+    and there is no summary.
     """
     content = load_recipe(recipe).model_dump(mode="json")
-    options = {} if n_threads is None else {"n_threads": n_threads}
-    request = ProcessRequest(run=run, recipe=content, data_source=data_source, service=service, root=root, **options)
+    request = ProcessRequest(
+        run=run,
+        recipe=content,
+        data_source=data_source,
+        service=service,
+        root=root,
+        n_threads=n_threads,
+        execution=execution or Execution(),
+        if_done=if_done,
+    )
     flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
-    return run_processing(request, reporter=_Artifacts(), call=_as_task, flow_run=flow_run)
+    try:
+        return run_processing(request, reporter=_Artifacts(), open_executor=_task_executor, flow_run=flow_run)
+    except ProcessingBusy as error:
+        return Completed(name="Claimed elsewhere", message=str(error))
+
+
+# ---- tasks ------------------------------------------------------------------------------------
 
 
 def _task_run_name() -> str:
     given = runtime.task_run.parameters
-    return f"{given['stage']} {given['run']} chunk {given['chunk']}: frames {given['first']} to {given['last']}"
+    commit = given["job"].commit
+    return f"{given['group'].name} {given['run']} chunk {commit.chunk}: frames {commit.start} to {commit.stop - 1}"
 
 
-# Step outputs are content-addressed already; a second cache would only be able to disagree.
-@task(name="chunk", task_run_name=_task_run_name, cache_policy=NO_CACHE, persist_result=False, retries=1)
-def _chunk_task(stage: str, run: str, chunk: int, first: int, last: int, work: Callable[[], Any]) -> Any:
+# Step outputs are content-addressed already, and the state says whether they were there: a second cache could only
+# disagree.
+@task(name="steps", task_run_name=_task_run_name, cache_policy=NO_CACHE, persist_result=False, retries=1)
+def _steps_task(run: str, job: ChunkJob, group: StepGroup, limit: str | None, before: Any) -> Any:
+    """Carry out one group of steps on one chunk; ``before`` is what the groups before it took."""
+    if job.is_done(group):
+        seconds = dict.fromkeys(group.steps, 0.0)
+        kept = ", ".join(f"{name} {digest[:12]}" for name, digest in job.digests(group).items())
+        return Completed(name="Cached", message=f"kept from before: {kept}", data=(before or {}) | seconds)
+    with concurrency(limit, occupy=1, strict=True) if limit else nullcontext():
+        return (before or {}) | job.carry_out(group)
+
+
+def _export_run_name() -> str:
+    given = runtime.task_run.parameters
+    return f"export {given['run']} chunk {given['chunk']}: frames {given['first']} to {given['last']}"
+
+
+# An export appends to an open file: doing it twice would not be the same.
+@task(name="export", task_run_name=_export_run_name, cache_policy=NO_CACHE, persist_result=False)
+def _export_task(run: str, chunk: int, first: int, last: int, work: Callable[[], Any]) -> Any:
     return work()
 
 
-def _as_task(stage: str, run: str, commit: ChunkCommit, work: Callable[[], T], /) -> T:
-    # An export appends to an open file: doing it twice would not be the same.
-    chunk_task = _chunk_task if stage == "process" else _chunk_task.with_options(retries=0)
-    return cast(T, chunk_task(stage, run, commit.chunk, commit.start, commit.stop - 1, work))
+class _TaskExecutor:
+    """One task run per chunk and group of steps, where the runner puts them; without one, here."""
+
+    def __init__(self, runner: TaskRunner[Any] | None, limit: str | None) -> None:
+        self._runner, self._limit = runner, limit
+
+    def submit(self, job: ChunkJob) -> Promise:
+        name = _run_name(job)
+        promise: Any = None
+        for group in job.groups:
+            given = {"run": name, "job": job, "group": group, "limit": self._limit, "before": promise}
+            if self._runner is None:
+                promise = _value_of(_steps_task(**given))
+            else:
+                promise = self._runner.submit(_steps_task, parameters=given)
+        return _Kept(promise or {}) if self._runner is None else promise
+
+    def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
+        done: Any = _export_task(run, commit.chunk, commit.start, commit.stop - 1, work)
+        return cast(T, done)
+
+
+def _value_of(given: Any) -> Any:
+    """What a task that was called here has given; one that says how it ended gives its state."""
+    return given.result() if isinstance(given, State) else given
+
+
+class _Kept:
+    """What a task has given that has run already."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
+@contextmanager
+def _task_executor(execution: Execution) -> Iterator[Executor]:
+    """An executor whose jobs are Prefect tasks, on the task runner that the execution names."""
+    if execution.kind == "inline":
+        yield _TaskExecutor(None, execution.limit)
+    elif execution.kind == "dask":
+        try:
+            from prefect_dask import DaskTaskRunner
+        except ImportError as error:
+            raise BadRecipe(f"execution on Dask needs prefect-dask ({error}); pip install prefect-dask") from None
+        with dask_cluster(execution) as address, DaskTaskRunner(address=address) as runner:
+            yield _TaskExecutor(runner, execution.limit)
+    else:
+        kind = ThreadPoolTaskRunner if execution.kind == "threads" else ProcessPoolTaskRunner
+        pool: TaskRunner[Any] = kind(max_workers=execution.workers)
+        with pool:
+            yield _TaskExecutor(pool, execution.limit)
+
+
+def _run_name(job: ChunkJob) -> str:
+    folder = Path(job.folder)
+    return f"{folder.parent.name}/{folder.name}"
+
+
+# ---- artifacts --------------------------------------------------------------------------------
 
 
 class _Artifacts:

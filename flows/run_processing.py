@@ -5,54 +5,49 @@
 on the same step outputs, so a processing begun by one can be taken up by the other.
 """
 
+import contextvars
 import logging
 import math
 import os
+import queue
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from flows.execution import Execution, Executor, Promise, plain_executor
 from flows.exports import RunExporter
 from flows.pictures import draw_frame
 from storage.errors import NearlineError, StreamNotFound
 from storage.models import Model, StreamHeader
-from storage.run_folder import ChunkCommit
 from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
 from streaming.derived import DerivedStream, open_derived
-from streaming.retrieval import Chunk, Frame, Run, Stream, open_run
+from streaming.retrieval import Chunk, Run, Stream, open_run
 from tasks.bin_frames import binned_header
-from tasks.chunk_frames import usable_mask
-from tasks.process_chunk import ChunkResult, code_digest, process_chunk
-from tasks.recipe import Recipe, load_recipe, read_mask
+from tasks.chunk_job import ChunkJob, analysis_header, analysis_mask
+from tasks.process_chunk import ChunkResult, code_digest
+from tasks.recipe import Recipe, load_recipe
 from tasks.steps import STEPS, BinParams
 
-__all__ = ["ProcessRequest", "Progress", "Reporter", "RunTotals", "run_processing"]
+__all__ = ["OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "run_processing"]
 
 log = logging.getLogger("nearline.process")
-
-T = TypeVar("T")
 
 _WAIT_FOR_STREAM_S = 60.0
 _N_PICTURES = 4
 
 
-class Call(Protocol):
-    """Carries out one piece of work on one chunk; the flow puts a Prefect task here."""
-
-    def __call__(self, stage: str, run: str, commit: ChunkCommit, work: Callable[[], T], /) -> T: ...
-
-
-def call_plainly(stage: str, run: str, commit: ChunkCommit, work: Callable[[], T], /) -> T:
-    """Just do it."""
-    return work()
+# Opens what carries out the jobs of a processing.
+OpenExecutor = Callable[[Execution], AbstractContextManager[Executor]]
 
 
 class ProcessRequest(Model):
@@ -63,7 +58,13 @@ class ProcessRequest(Model):
     data_source: str | None = Field(None, description="which detector; needed only if the run has several")
     service: str | None = Field(None, description="service address; by default the one on this machine, if it runs")
     root: str | None = Field(None, description="data folder to look in when no service answers")
-    n_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, gt=0, description="threads over frames")
+    n_threads: int | None = Field(None, gt=0, description="threads over the frames of a chunk; default: all cores")
+    execution: Execution = Field(
+        default_factory=Execution, description="where chunks are analysed, and how many at once"
+    )
+    if_done: Literal["repeat", "skip"] = Field(
+        "repeat", description="if it was processed with the same recipe and code: make another processing, or leave it"
+    )
 
 
 @dataclass
@@ -75,6 +76,8 @@ class RunTotals:
     indexed: int = 0
     chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    steps_computed: int = 0
+    steps_reused: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -91,19 +94,26 @@ class RunTotals:
         self.hits += chunk.n_hits
         self.indexed += chunk.n_indexed
         self.chunks += 1
+        n_computed = sum(chunk.seconds.get(name, 0.0) > 0 for name in chunk.steps)
+        self.steps_computed += n_computed
+        self.steps_reused += len(chunk.steps) - n_computed
         for name, seconds in chunk.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A chunk has been done; for whoever shows it."""
+    """A chunk has been done; for whoever shows it.
+
+    lag_frames : that have come since. lag_s : s since the chunk was sealed.
+    """
 
     run: str
     processing: str
     chunk: ChunkManifest
     totals: RunTotals
     lag_frames: int
+    lag_s: float
     planned: int
     pictures: tuple[Path, ...]
 
@@ -129,33 +139,58 @@ class Silent:
         pass
 
 
+class Reporters:
+    """Several reporters, told in turn."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self._reporters = reporters
+
+    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
+        for reporter in self._reporters:
+            reporter.started(run, processing, recipe)
+
+    def chunk_done(self, progress: Progress) -> None:
+        for reporter in self._reporters:
+            reporter.chunk_done(progress)
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        for reporter in self._reporters:
+            reporter.finished(summary)
+
+
 def run_processing(
     request: ProcessRequest,
     *,
     reporter: Reporter | None = None,
-    call: Call = call_plainly,
+    open_executor: OpenExecutor = plain_executor,
     flow_run: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Process a run to its end; the summary, as in ``processed/<id>/summary.json``.
 
     Parameters
     ----------
-    call : carries out each piece of work; the flow puts a Prefect task here.
+    open_executor : what carries out the jobs; the flow puts Prefect tasks here.
     flow_run : id and URL of the Prefect run, for the record.
 
     Raises
     ------
-    RunNotFound, StreamNotFound, BadRecipe, ProcessingBusy
+    RunNotFound, StreamNotFound, BadRecipe
+    ProcessingBusy : somebody is at it already.
     NotStored : the stream is in memory only.
     """
     recipe = load_recipe(request.recipe)
     run = open_run(request.run, service=request.service, root=request.root)
     stream = _wait_for_stream(run, request.data_source)
     stream.require_stored("processed")
+    if request.if_done == "skip" and (done := _finished_before(run, stream, recipe)) is not None:
+        log.info("%s was processed with this recipe and code as %s", run.name, done.name)
+        return (done.summary or {}) | {"done_before": True}
     processing, claim = _claim_processing(run, stream, recipe, flow_run)
     try:
-        work = _Work(run, stream, processing, recipe, request.n_threads, call, reporter or Silent())
-        return work.carry_out()
+        with open_executor(request.execution) as executor:
+            n_threads = request.n_threads or request.execution.n_threads
+            work = _Work(run, stream, processing, recipe, n_threads, executor, reporter or Silent())
+            return work.carry_out(request.execution.n_ahead)
     finally:
         os.close(claim)
 
@@ -172,29 +207,32 @@ def _wait_for_stream(run: Run, data_source: str | None) -> Stream:
         time.sleep(0.2)
 
 
+def _same(run: Run, stream: Stream, recipe: Recipe) -> Iterator[Processing]:
+    """The processings of a stream with this very recipe and code, oldest first."""
+    wanted = (recipe.digest, code_digest(recipe), stream.name)
+    for processing in find_processings(run.folder).values():
+        manifest = processing.manifest
+        if (manifest.recipe_digest, manifest.code_digest, manifest.data_source) == wanted:
+            yield processing
+
+
+def _finished_before(run: Run, stream: Stream, recipe: Recipe) -> Processing | None:
+    return next((one for one in _same(run, stream, recipe) if one.is_finished), None)
+
+
 def _claim_processing(
     run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None
 ) -> tuple[Processing, int]:
     """The unfinished processing with this very recipe and code, or a new one, and the claim on it."""
-    code = code_digest(recipe)
-    for processing in find_processings(run.folder).values():
-        manifest = processing.manifest
-        same = (manifest.recipe_digest, manifest.code_digest, manifest.data_source) == (
-            recipe.digest,
-            code,
-            stream.name,
-        )
-        if same and not processing.is_finished:
-            return processing, processing.claim()
-    number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
     while True:
-        processing = Processing(run.folder, f"p{number}")
+        unfinished = next((one for one in _same(run, stream, recipe) if not one.is_finished), None)
+        if unfinished is not None:
+            return unfinished, unfinished.claim()
+        number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
         try:
-            manifest = _manifest(processing.name, stream, recipe, flow_run)
-            processing = Processing.create(run.folder, manifest)
+            processing = Processing.create(run.folder, _manifest(f"p{number}", stream, recipe, flow_run))
         except FileExistsError:
-            number += 1
-            continue
+            continue  # somebody else began one just now; if it is the same, it is theirs
         return processing, processing.claim()
 
 
@@ -224,19 +262,18 @@ class _Work:
         processing: Processing,
         recipe: Recipe,
         n_threads: int,
-        call: Call,
+        executor: Executor,
         reporter: Reporter,
     ) -> None:
         self._run, self._stream, self._processing, self._recipe = run, stream, processing, recipe
-        self._n_threads, self._call, self._reporter = n_threads, call, reporter
-        self._header = stream.header.model_copy(update={"detector": recipe.detector_header(stream.header.detector)})
-        user_mask = read_mask(Path(recipe.mask)) if recipe.mask else None
-        self._mask = usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
+        self._n_threads, self._executor, self._reporter = n_threads, executor, reporter
+        self._header, self._mask = analysis_header(stream, recipe), analysis_mask(stream, recipe)
         self._totals = RunTotals()
         self._pictures: list[Path] = []
         self._derived: dict[str, DerivedStream] = {}
 
-    def carry_out(self) -> dict[str, Any]:
+    def carry_out(self, n_ahead: int) -> dict[str, Any]:
+        """Chunk after chunk to the run's end; while one is taken, ``n_ahead`` more are under way."""
         started = time.perf_counter()
         self._reporter.started(self._run, self._processing, self._recipe)
         exporter = RunExporter(
@@ -249,8 +286,9 @@ class _Work:
         )
         try:
             self._open_derived()
-            for chunk in self._stream.chunks():
-                self._do_chunk(chunk, exporter)
+            with _Feeder(self._stream, self._submit, n_ahead) as under_way:
+                for chunk, job, promise in under_way:
+                    self._take(chunk, job, promise.result(), exporter)
             files = exporter.close()
         except BaseException:
             exporter.discard()
@@ -263,22 +301,17 @@ class _Work:
         self._reporter.finished(summary)
         return summary
 
-    def _do_chunk(self, chunk: Chunk, exporter: RunExporter) -> None:
-        frames = list(chunk.frames())
-        analyse = partial(
-            process_chunk,
-            self._recipe,
-            chunk.commit,
-            [frame.raw for frame in frames],
-            self._header,
-            self._mask,
-            self._run.folder,
-            n_threads=self._n_threads,
-        )
-        result = self._call("process", self._run.name, chunk.commit, analyse)
+    def _submit(self, chunk: Chunk) -> tuple[ChunkJob, Promise]:
+        job = ChunkJob(str(self._run.folder), self._stream.name, self._recipe, chunk.commit, self._n_threads)
+        return job, self._executor.submit(job)
+
+    def _take(self, chunk: Chunk, job: ChunkJob, seconds: dict[str, float], exporter: RunExporter) -> None:
+        """What a job has left in the step store goes into streams, files and pictures."""
+        result = job.result(seconds)
         self._publish(result)
         before = time.perf_counter()
-        self._call("export", self._run.name, chunk.commit, partial(exporter.add_chunk, frames, result))
+        export = partial(self._export, exporter, job, result)
+        self._executor.export(self._run.name, chunk.commit, export)
         result.manifest.seconds["export"] = time.perf_counter() - before
         self._totals.add(result.manifest)
         log.info(
@@ -288,7 +321,7 @@ class _Work:
             result.manifest.n_hits,
             result.manifest.n_indexed,
         )
-        self._draw(frames, result)
+        self._draw(job, result)
         self._processing.add_chunk(result.manifest)
         status = self._stream.status
         self._reporter.chunk_done(
@@ -298,10 +331,14 @@ class _Work:
                 chunk=result.manifest,
                 totals=self._totals,
                 lag_frames=status.announced - chunk.stop,
+                lag_s=max((datetime.now(UTC) - chunk.commit.sealed_at).total_seconds(), 0.0),
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
             )
         )
+
+    def _export(self, exporter: RunExporter, job: ChunkJob, result: ChunkResult) -> None:
+        exporter.add_chunk(job.frames() if exporter.files else [], result)
 
     # ---- derived streams ----------------------------------------------------------------------
 
@@ -348,13 +385,13 @@ class _Work:
 
     # ---- for people ---------------------------------------------------------------------------
 
-    def _draw(self, frames: list[Frame], result: ChunkResult) -> None:
+    def _draw(self, job: ChunkJob, result: ChunkResult) -> None:
         """Pictures of the first few hits, indexed ones first."""
         table, peaks = result.frames, result.table("peaks")
         if len(self._pictures) >= _N_PICTURES or peaks is None or not result.manifest.n_hits:
             return
         rows = sorted(table.to_pylist(), key=lambda r: (not r.get("indexed"), not r["hit"], -r["n_peaks"]))
-        by_index = {frame.frame_index: frame for frame in frames}
+        by_index = {frame.frame_index: frame for frame in job.frames()}
         reflections = result.table("reflections")
         for row in rows[: min(2, _N_PICTURES - len(self._pictures))]:
             if not row["hit"]:
@@ -388,10 +425,60 @@ class _Work:
             "indexing_rate": totals.indexing_rate,
             "seconds": round(seconds, 3),
             "seconds_by_stage": {k: round(v, 3) for k, v in totals.seconds.items()},
+            "chunks": totals.chunks,
+            "steps_computed": totals.steps_computed,
+            "steps_reused": totals.steps_reused,
             "files": {name: str(path) for name, path in files.items()},
             "pictures": [str(path) for path in self._pictures],
             "flow_run_url": self._processing.manifest.flow_run_url,
         }
+
+
+class _Feeder:
+    """Submits chunks as they are sealed, in a thread of its own, and hands them on in order with their promises.
+
+    The queue is the back-pressure: when analysis is slower than the detector, chunks wait on disk, not in memory.
+    """
+
+    def __init__(self, stream: Stream, submit: Callable[[Chunk], tuple[ChunkJob, Promise]], n_ahead: int) -> None:
+        self._stream, self._submit = stream, submit
+        self._queue: queue.Queue[tuple[Chunk, ChunkJob, Promise] | BaseException | None] = queue.Queue(n_ahead)
+        self._is_over = threading.Event()
+        # Prefect knows by context which flow run a task belongs to.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=lambda: context.run(self._feed), name="feeder", daemon=True)
+
+    def __enter__(self) -> "_Feeder":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A live run may not have another chunk for long: the thread sees at the next one that nobody wants it.
+        self._is_over.set()
+
+    def __iter__(self) -> Iterator[tuple[Chunk, ChunkJob, Promise]]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _feed(self) -> None:
+        try:
+            for chunk in self._stream.chunks():
+                if self._is_over.is_set() or not self._put((chunk, *self._submit(chunk))):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: "tuple[Chunk, ChunkJob, Promise] | BaseException | None") -> bool:
+        while not self._is_over.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import nearline
 from nearline.prefect_server import is_healthy
-from storage.errors import ServiceUnavailable
+from storage.errors import ProcessingBusy, ServiceUnavailable
 from storage.names import parse_run_key
 
 M = TypeVar("M", bound=BaseModel)
@@ -272,8 +272,10 @@ def run_with_prefect(request: Any) -> dict[str, Any]:
         )
     from flows.process_run import process_run
 
-    values = request.model_dump()
-    summary: dict[str, Any] = process_run(**values)
+    values = {name: getattr(request, name) for name in type(request).model_fields}
+    summary: dict[str, Any] | None = process_run(**values)
+    if summary is None:
+        raise ProcessingBusy(f"somebody else processes {request.run} with this recipe; wait for it, or use another")
     return summary
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "CorruptFrame",
     "CredentialsUnusable",
     "DamagedFile",
+    "DamagedOutput",
     "FrameMissing",
     "FrameNotYetAvailable",
     "FrameTooLate",
@@ -153,6 +154,10 @@ class StreamOwned(NearlineError):
 
 class PlaceUnavailable(NearlineError, ConnectionError):
     """An object store, or another place behind a URL, that does not answer."""
+
+
+class DamagedOutput(NearlineError):
+    """An output of a step that cannot be read back; it can be computed again."""
 
 
 class ProcessingBusy(NearlineError):

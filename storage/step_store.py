@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from storage.errors import BadRecipe, ProcessingBusy, RunNotFound
+from storage.errors import BadRecipe, DamagedOutput, ProcessingBusy, RunNotFound
 from storage.files import publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Record
@@ -29,7 +31,49 @@ __all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "fi
 
 log = logging.getLogger("nearline.steps")
 
-Tables = dict[str, pa.Table]
+Tables = Mapping[str, pa.Table]
+
+_PARQUET_ENDS = b"PAR1"
+# Outputs that this process has made last: who makes one mostly reads it next.
+_KEEP_RECENT = 8
+_recent: OrderedDict[Path, dict[str, pa.Table]] = OrderedDict()
+_recent_lock = threading.Lock()
+
+
+class StoredTables(Tables):
+    """The tables of one step output, each read when it is first asked for."""
+
+    def __init__(self, folder: Path, names: list[str], known: dict[str, pa.Table]) -> None:
+        self._folder, self._names, self._known = folder, names, dict(known)
+
+    def __getitem__(self, name: str) -> pa.Table:
+        """One table.
+
+        Raises
+        ------
+        DamagedOutput : it cannot be read; the whole output is removed, so that it is computed again.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _read(self, name: str) -> pa.Table:
+        try:
+            return pq.read_table(readable(self._folder / f"{name}.parquet"))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise DamagedOutput(
+                f"the table {name} of step output {self._folder} was damaged ({error}) and has been removed; "
+                "process the run again, and it is computed anew"
+            ) from error
 
 
 class StepStore:
@@ -38,19 +82,29 @@ class StepStore:
     def __init__(self, run: Path) -> None:
         self._root = run / "steps"
 
-    def load(self, digest: str) -> Tables | None:
-        """The tables of a step output, or None if it has not been computed."""
+    def find(self, digest: str) -> StoredTables | None:
+        """The output of a step if all of it is there, its tables not read yet; None if it has to be computed."""
         folder = self._root / digest
-        if not (folder / "step.json").exists():
+        try:
+            content = (folder / "step.json").read_bytes()
+        except OSError:
             return None
         try:
-            names = json.loads((folder / "step.json").read_bytes())["tables"]
-            return {name: pq.read_table(readable(folder / f"{name}.parquet")) for name in names}
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            names = list(json.loads(content)["tables"])
+            for name in names:
+                _require_whole(folder / f"{name}.parquet")
+        except (OSError, ValueError, KeyError) as error:
             # Damaged from outside: it can be computed again, so it is.
             log.warning("step output %s is damaged and will be computed again: %s", folder, error)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             return None
+        with _recent_lock:
+            return StoredTables(folder, names, _recent.get(folder, {}))
+
+    def load(self, digest: str) -> dict[str, pa.Table] | None:
+        """The tables of a step output, read; None if it has not been computed."""
+        found = self.find(digest)
+        return None if found is None else dict(found)
 
     def read(self, digest: str, table: str) -> pa.Table | None:
         """One table of a step output; None if the step makes no such table."""
@@ -67,6 +121,7 @@ class StepStore:
             content = key | {"tables": sorted(tables)}
             publish(aside / "step.json", json.dumps(content, indent=1, sort_keys=True, default=str).encode())
             aside.rename(self._root / digest)
+            _remember(self._root / digest, tables)
         except OSError:
             # Someone else was faster; the same digest means the same content. Anything else is a failure.
             if self.load(digest) is None:
@@ -74,6 +129,22 @@ class StepStore:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         sync_folder(self._root)
+
+
+def _require_whole(path: Path) -> None:
+    """ValueError unless a Parquet file begins and ends as one."""
+    with open(path, "rb") as file:
+        begins = file.read(len(_PARQUET_ENDS))
+        file.seek(-len(_PARQUET_ENDS), os.SEEK_END)
+        if begins != _PARQUET_ENDS or file.read() != _PARQUET_ENDS:
+            raise ValueError(f"{path.name} has been cut")
+
+
+def _remember(folder: Path, tables: Tables) -> None:
+    with _recent_lock:
+        _recent[folder] = dict(tables)
+        while len(_recent) > _KEEP_RECENT:
+            _recent.popitem(last=False)
 
 
 class ChunkManifest(Record):

@@ -2,13 +2,14 @@
 
 A step's digest covers everything its result depends on: the chunk, header, mask and cell, the
 digests of the steps before it, its parameters, the source of its kernel and the versions of the
-numeric libraries. An output that exists is used again, so a resumed or repeated processing
-computes only what is new.
+numeric libraries. So all digests are known before anything is computed (`plan_steps`), an output
+that exists is used again, and a resumed or repeated processing computes only what is new.
 """
 
 import json
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tasks.chunk_frames import ChunkFrames
 from tasks.recipe import Recipe, StepSpec
 from tasks.steps import STEPS, BinParams, Step, user_step
 
-__all__ = ["ChunkResult", "code_digest", "process_chunk"]
+__all__ = ["ChunkResult", "PlannedStep", "code_digest", "plan_steps", "process_chunk"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ChunkResult:
     """What came out of one chunk: the record of it, and all tables by step."""
 
     manifest: ChunkManifest
-    tables: dict[str, Tables]
+    tables: Mapping[str, Tables]
 
     @property
     def frames(self) -> pa.Table:
@@ -47,52 +48,117 @@ class ChunkResult:
         return found[-1] if found else None
 
 
-def process_chunk(
-    recipe: Recipe,
-    commit: ChunkCommit,
-    frames: list[RawFrame],
-    header: StreamHeader,
-    mask: np.ndarray,
-    run_folder: Path,
-    *,
-    n_threads: int = 1,
-) -> ChunkResult:
-    """Carry out all steps of a recipe on one sealed chunk.
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step on one chunk before it is carried out: what its result depends on, and the digest of that.
 
-    Parameters
-    ----------
-    commit : of the chunk; its digest identifies the frames.
-    frames : of the chunk, in index order.
-    header : of the stream, with the recipe's detector values in place.
-    mask : (slow, fast), nonzero = do not use.
-    run_folder : where ``steps/`` is.
+    binning : pixels summed per side in the frames that this step sees.
     """
-    use_compiled_kernels()
-    store = StepStore(run_folder)
-    chunk = ChunkFrames(frames, header, mask, commit.digest, n_threads=n_threads)
+
+    spec: StepSpec
+    step: Step
+    key: dict[str, Any]
+    digest: str
+    binning: int
+
+
+def plan_steps(recipe: Recipe, commit: ChunkCommit, header: StreamHeader, mask: np.ndarray) -> list[PlannedStep]:
+    """All steps of a recipe on one chunk; no frame is looked at. Parameters as `process_chunk`."""
     base = {
         "chunk": commit.digest,
         "detector": header.detector.model_dump(mode="json") if header.detector else None,
         "frames": [header.dtype, *header.shape],
         "mask": array_digest(mask),
     }
-    digests: dict[str, str] = {}
-    seconds: dict[str, float] = {}
-    tables: dict[str, Tables] = {}
+    plan: list[PlannedStep] = []
+    binning = 1
     for spec in recipe.steps:
         step = _step_of(spec)
-        key = base | {"binning": chunk.binning, "upstream": list(digests.values())} | _identity(step, spec, recipe)
+        upstream = [one.digest for one in plan]
+        key = base | {"binning": binning, "upstream": upstream} | _identity(step, spec, recipe)
         digest = blake3.blake3(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        found, started = store.load(digest), time.perf_counter()
+        plan.append(PlannedStep(spec, step, key, digest, binning))
+        params = _params(step, spec)
+        if isinstance(params, BinParams) and params.feed_next:
+            binning = params.factor
+    return plan
+
+
+def process_chunk(
+    recipe: Recipe,
+    commit: ChunkCommit,
+    frames: Callable[[], list[RawFrame]],
+    header: StreamHeader,
+    mask: np.ndarray,
+    run_folder: Path,
+    *,
+    n_threads: int = 1,
+    steps: Collection[str] | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> ChunkResult:
+    """Carry out all steps of a recipe on one sealed chunk, as far as their outputs are not there.
+
+    Parameters
+    ----------
+    commit : of the chunk; its digest identifies the frames.
+    frames : gives those of the chunk, in index order; called only if a step has to be computed.
+    header : of the stream, with the recipe's detector values in place.
+    mask : (slow, fast), nonzero = do not use.
+    run_folder : where ``steps/`` is.
+    steps : names of the steps to carry out; the others must be there. All of them by default.
+    seconds : what steps took that were carried out elsewhere.
+    """
+    plan = plan_steps(recipe, commit, header, mask)
+    work = _Work(recipe, plan, StepStore(run_folder), lambda: _chunk(frames(), header, mask, commit, n_threads))
+    for planned in plan:
+        if steps is None or planned.spec.name in steps:
+            work.carry_out(planned)
+    elsewhere = seconds or {}
+    took = {name: work.seconds.get(name) or elsewhere.get(name, 0.0) for name in (one.spec.name for one in plan)}
+    tables = {one.spec.name: work.tables_of(one) for one in plan if steps is None or one.spec.name in steps}
+    return ChunkResult(_manifest(commit, plan, tables, took), tables)
+
+
+@dataclass
+class _Work:
+    """The steps of one chunk under way; frames are fetched when a step first needs them."""
+
+    recipe: Recipe
+    plan: Sequence[PlannedStep]
+    store: StepStore
+    make_chunk: Callable[[], ChunkFrames]
+    seconds: dict[str, float] = field(default_factory=dict)
+    _chunk: ChunkFrames | None = None
+
+    def carry_out(self, planned: PlannedStep) -> None:
+        """Have the step's output in the store."""
+        started = time.perf_counter()
+        if self.store.find(planned.digest) is not None:
+            self.seconds[planned.spec.name] = 0.0
+            return
+        use_compiled_kernels()
+        if self._chunk is None:
+            self._chunk = self.make_chunk()
+        before = self._before(planned)
+        chunk = _as_seen(self._chunk, planned.binning, before)
+        step, spec = planned.step, planned.spec
+        self.store.save(
+            planned.digest, planned.key, step.run(chunk, _params(step, spec), _cell(step, self.recipe), before)
+        )
+        self.seconds[spec.name] = time.perf_counter() - started
+
+    def tables_of(self, planned: PlannedStep) -> Tables:
+        """What a step has made; it is made first if it is not there any more."""
+        found = self.store.find(planned.digest)
         if found is None:
-            found = step.run(chunk, _params(step, spec), _cell(step, recipe), tables)
-            store.save(digest, key, found)
-            seconds[spec.name] = time.perf_counter() - started
-        else:
-            seconds[spec.name] = 0.0
-        digests[spec.name], tables[spec.name] = digest, found
-        chunk = _with_results(chunk, spec, step, tables)
-    return ChunkResult(_manifest(commit, digests, tables, len(frames), seconds), tables)
+            self.carry_out(planned)
+            found = self.store.find(planned.digest)
+        assert found is not None, "a step's output is there once it has been saved"
+        return found
+
+    def _before(self, planned: PlannedStep) -> dict[str, Tables]:
+        earlier = self.plan[: self.plan.index(planned)]
+        return {one.spec.name: self.tables_of(one) for one in earlier}
 
 
 def code_digest(recipe: Recipe) -> str:
@@ -120,20 +186,26 @@ def _identity(step: Step, spec: StepSpec, recipe: Recipe) -> dict[str, Any]:
     return {"use": spec.use, "params": json.loads(json.dumps(params, default=str)), "cell": cell, "code": step.identity}
 
 
-def _with_results(chunk: ChunkFrames, spec: StepSpec, step: Step, tables: dict[str, Tables]) -> ChunkFrames:
-    """The chunk as the next step sees it."""
-    frames = tables[spec.name].get("frames")
-    columns = dict(chunk.columns)
-    if frames is not None:
-        columns |= {n: frames[n].to_numpy(zero_copy_only=False) for n in frames.column_names if n != "frame_index"}
-    params = _params(step, spec)
-    if isinstance(params, BinParams) and params.feed_next:
-        return replace(chunk, columns=columns, binning=params.factor)
-    return replace(chunk, columns=columns)
+def _chunk(
+    frames: list[RawFrame], header: StreamHeader, mask: np.ndarray, commit: ChunkCommit, n_threads: int
+) -> ChunkFrames:
+    return ChunkFrames(frames, header, mask, commit.digest, n_threads=n_threads)
+
+
+def _as_seen(chunk: ChunkFrames, binning: int, before: Mapping[str, Tables]) -> ChunkFrames:
+    """The chunk as a step sees it, behind those before it."""
+    columns: dict[str, np.ndarray] = {}
+    for tables in before.values():
+        frames = tables.get("frames")
+        if frames is not None:
+            columns |= {n: frames[n].to_numpy(zero_copy_only=False) for n in frames.column_names if n != "frame_index"}
+    return ChunkFrames(
+        chunk.frames, chunk.header, chunk.detector_mask, chunk.digest, binning, columns, n_threads=chunk.n_threads
+    )
 
 
 def _manifest(
-    commit: ChunkCommit, digests: dict[str, str], tables: dict[str, Tables], n_frames: int, seconds: dict[str, float]
+    commit: ChunkCommit, plan: Sequence[PlannedStep], tables: Mapping[str, Tables], seconds: dict[str, float]
 ) -> ChunkManifest:
     frames = join_frames([t.get("frames") for t in tables.values()])
 
@@ -145,8 +217,8 @@ def _manifest(
         start=commit.start,
         stop=commit.stop,
         chunk_digest=commit.digest,
-        steps=digests,
-        n_frames=n_frames,
+        steps={one.spec.name: one.digest for one in plan},
+        n_frames=commit.n_frames,
         n_hits=count("hit"),
         n_indexed=count("indexed"),
         seconds=seconds,

@@ -24,6 +24,10 @@ from tasks.unit_cell import UnitCell, read_cell
 __all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
 
 
+# Binning and the peak search see every frame, what comes behind them the hits only.
+_GROUPS = {"bin": "peaks", "find_peaks": "peaks"}
+
+
 class Sample(Model):
     """The crystal: its cell in Å and degrees, and its space group."""
 
@@ -42,6 +46,14 @@ class StepSpec(Model):
     use: str = Field(description="bin, find_peaks, index, integrate, or package:function")
     name: str = Field("", description="name of the step in this recipe; by default what it uses")
     params: dict[str, Any] = Field(default_factory=dict)
+    group: str = Field(
+        "", description="neighbouring steps of one group are one task; by default peaks, index, integrate"
+    )
+
+    @property
+    def group_name(self) -> str:
+        """The group this step belongs to."""
+        return self.group or _GROUPS.get(self.use, self.name)
 
     @model_validator(mode="before")
     @classmethod
@@ -95,7 +107,8 @@ class Recipe(Model):
     @property
     def digest(self) -> str:
         """blake3 of the recipe's content, hex."""
-        return blake3.blake3(self.model_dump_json(exclude={"name", "mask"}).encode()).hexdigest()
+        how: Any = {"name": True, "mask": True, "steps": {"__all__": {"group"}}}
+        return blake3.blake3(self.model_dump_json(exclude=how).encode()).hexdigest()
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:
         """The detector's header with this recipe's values in place."""

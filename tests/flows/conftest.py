@@ -73,7 +73,7 @@ def simulated_run(tmp_path_factory: pytest.TempPathFactory) -> SimulatedRun:
     return SimulatedRun(folder / "lyso" / "1", folder / "truth.parquet")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe() -> Recipe:
     return crystallography(read_cell("79.1,79.1,37.9,90,90,90", "P 43 21 2"))
 

@@ -1,0 +1,155 @@
+"""The analysis of one chunk as something that travels: references and parameters, never frames.
+
+Whoever carries it out, a thread here or a Dask worker on another host, opens the run's folder, reads the sealed
+chunk, and leaves the outputs of the steps in the folder's step store. So where a chunk is analysed cannot change what
+comes out.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from storage.frame import RawFrame
+from storage.models import StreamHeader
+from storage.run_folder import ChunkCommit
+from storage.step_store import StepStore
+from streaming.retrieval import Frame, Stream, open_run
+from tasks.chunk_frames import usable_mask
+from tasks.process_chunk import ChunkResult, PlannedStep, plan_steps, process_chunk
+from tasks.recipe import Recipe, read_mask
+
+__all__ = ["ChunkJob", "StepGroup", "analysis_header", "analysis_mask"]
+
+# Chunks whose frames stay in memory for whoever needs them next: the steps after, exports, pictures.
+_KEEP_CHUNKS = 3
+_frames: OrderedDict[tuple[str, str, int, str], list[Frame]] = OrderedDict()
+_frames_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """Neighbouring steps of a recipe that are carried out, retried and shown as one."""
+
+    name: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChunkJob:
+    """A recipe to be carried out on one sealed chunk.
+
+    folder : of the run, as every worker sees it. n_threads : over the frames of the chunk.
+    """
+
+    folder: str
+    data_source: str
+    recipe: Recipe
+    commit: ChunkCommit
+    n_threads: int = 1
+
+    @property
+    def groups(self) -> list[StepGroup]:
+        """The recipe's steps in groups, in order."""
+        grouped = groupby(self.recipe.steps, lambda step: step.group_name)
+        return [StepGroup(name, tuple(step.name for step in steps)) for name, steps in grouped]
+
+    def is_done(self, group: StepGroup) -> bool:
+        """Whether all outputs of a group are there already."""
+        store = StepStore(Path(self.folder))
+        return all(store.find(one.digest) is not None for one in self.plan() if one.spec.name in group.steps)
+
+    def digests(self, group: StepGroup) -> dict[str, str]:
+        """Under which digest each step of a group keeps its output."""
+        return {one.spec.name: one.digest for one in self.plan() if one.spec.name in group.steps}
+
+    def carry_out(self, group: StepGroup) -> dict[str, float]:
+        """Have the outputs of a group in the store: s that each step took, 0 for one that was there."""
+        names = set(group.steps)
+        seconds = self._process(names, {}).manifest.seconds
+        return {name: seconds[name] for name in group.steps}
+
+    def carry_out_all(self) -> dict[str, float]:
+        """All groups, one after the other."""
+        return {name: s for group in self.groups for name, s in self.carry_out(group).items()}
+
+    def result(self, seconds: Mapping[str, float]) -> ChunkResult:
+        """What came out; ``seconds`` as `carry_out` has given them."""
+        return self._process(None, seconds)
+
+    def plan(self) -> list[PlannedStep]:
+        return plan_steps(self.recipe, self.commit, *self._view())
+
+    def frames(self) -> list[Frame]:
+        """The chunk's frames, in index order; kept for a while."""
+        key = (self.folder, self.data_source, self.commit.chunk, self.commit.digest)
+        with _frames_lock:
+            if key in _frames:
+                return _frames[key]
+        stream = _stream_of(self.folder, self.data_source)
+        found = list(stream[self.commit.start : self.commit.stop])
+        with _frames_lock:
+            _frames[key] = found
+            while len(_frames) > _KEEP_CHUNKS:
+                _frames.popitem(last=False)
+        return found
+
+    def _raw_frames(self) -> list[RawFrame]:
+        return [frame.raw for frame in self.frames()]
+
+    def _process(self, names: set[str] | None, seconds: Mapping[str, float]) -> ChunkResult:
+        header, mask = self._view()
+        return process_chunk(
+            self.recipe,
+            self.commit,
+            self._raw_frames,
+            header,
+            mask,
+            Path(self.folder),
+            n_threads=self.n_threads,
+            steps=names,
+            seconds=seconds,
+        )
+
+    def _view(self) -> tuple[StreamHeader, np.ndarray]:
+        return _view_of(self.folder, self.data_source, self.recipe.digest, _Unhashed(self.recipe))
+
+
+def analysis_header(stream: Stream, recipe: Recipe) -> StreamHeader:
+    """The stream's header with the recipe's detector values in place."""
+    header = stream.header
+    return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
+
+
+def analysis_mask(stream: Stream, recipe: Recipe) -> np.ndarray:
+    """(slow, fast) uint8, nonzero = do not use: the detector's bad pixels and the recipe's."""
+    user_mask = read_mask(Path(recipe.mask)) if recipe.mask else None
+    return usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
+
+
+class _Unhashed:
+    """A recipe beside its digest in a cache's key: the digest tells two apart."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=8)
+def _view_of(folder: str, data_source: str, recipe_digest: str, recipe: _Unhashed) -> tuple[StreamHeader, np.ndarray]:
+    stream = _stream_of(folder, data_source)
+    return analysis_header(stream, recipe.recipe), analysis_mask(stream, recipe.recipe)
+
+
+def _stream_of(folder: str, data_source: str) -> Stream:
+    return open_run(folder)[data_source]

@@ -1,0 +1,12 @@
+"""Steps as a user would write them."""
+
+import os
+import time
+
+import numpy as np
+
+
+def who_works(chunk):
+    """The process that works on each frame; slow enough for two to be at it."""
+    time.sleep(0.5)
+    return {"pid": np.full(len(chunk), os.getpid())}

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import nearline
-from nearline import group_commands, show, token_commands
+from nearline import group_commands, show, token_commands, veto_commands
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
@@ -684,6 +684,9 @@ def verify(
         report = verify_run(folder, bar)
     upkeep.verified(console, run, report, as_json)
     raise typer.Exit(0 if report.is_sound else 2)
+
+
+app.command()(veto_commands.veto)
 
 
 if __name__ == "__main__":

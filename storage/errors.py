@@ -41,6 +41,7 @@ __all__ = [
     "StreamNotOpen",
     "StreamOwned",
     "UploadConflict",
+    "VetoRefused",
 ]
 
 
@@ -190,3 +191,7 @@ class CredentialsUnusable(NearlineError):
 
 class UploadConflict(NearlineError):
     """The target of an upload holds something else under the name of this run or chunk."""
+
+
+class VetoRefused(NearlineError):
+    """Frames that cannot be vetoed, or not yet, or a veto that cannot be taken back any more."""

@@ -17,7 +17,7 @@ little-endian for each part of each frame, absent = 2⁶⁴−1 twice, then the 
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from storage.errors import BadFrame, CorruptFrame, StorageFull
 from storage.frame import FrameInfo, RawFrame, blob_crc32c
 from storage.metadata import pack_meta
 
-__all__ = ["CRC_BYTES", "MAGIC", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal"]
+__all__ = [
+    "CRC_BYTES", "MAGIC", "Account", "Batch", "Journal", "Location", "read_located", "scan_journal", "shard_bytes",
+]  # fmt: skip
 
 MAGIC = b"NLJOURN3"
 # Records of version 2 have their metadata as an object; they are read, not written.
@@ -292,6 +294,12 @@ def scan_journal(fd: int, at: int = 0, *, checks_blobs: bool = True) -> Iterator
             not checks_blobs or blob_crc32c(os.pread(fd, blob_length, location.offset)) == blob_crc
         ):
             yield _decode_info(meta) if magic == MAGIC else _decode_info_2(meta), location
+
+
+def shard_bytes(infos: Iterable[FrameInfo], n_slots: int) -> int:
+    """How large a shard of ``n_slots`` slots with these frames is."""
+    records = (_FIXED_BYTES + len(_encode(info)) + info.size_bytes + CRC_BYTES for info in infos)
+    return sum(records) + 16 * n_slots + CRC_BYTES
 
 
 def _decode_info_2(row: bytes) -> FrameInfo:

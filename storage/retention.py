@@ -26,7 +26,10 @@ from storage.run_folder import RunFolder, claim_stream, find_runs
 from storage.states import StreamLedger
 from storage.stream_source import FolderSource, state_of
 
-__all__ = ["Deleted", "Retained", "RetentionPolicy", "RunAge", "apply_policy", "delete_run", "parse_age", "select_runs"]
+__all__ = [
+    "Deleted", "Retained", "RetentionPolicy", "RunAge", "all_claimed", "apply_policy", "delete_run", "parse_age",
+    "select_runs",
+]  # fmt: skip
 
 log = logging.getLogger("nearline.retention")
 
@@ -90,7 +93,7 @@ def delete_run(folder: RunFolder, by: str, why: str) -> Deleted:
     state = state_of(folder)
     if not state.is_terminal:
         raise RunBusy(f"run {_key(folder)} in {folder.path} is {state}; let it end before it is deleted")
-    with _all_claimed(folder, f"deletion by {by}"):
+    with all_claimed(folder, f"deletion by {by}"):
         if state is not RunState.deleted:
             folder.add_event("run_deleted", _tombstone(folder, by, why))
         return _remove_payload(folder)
@@ -232,14 +235,19 @@ def _remove_payload(folder: RunFolder) -> Deleted:
 
 
 @contextmanager
-def _all_claimed(folder: RunFolder, owner: str) -> Iterator[None]:
-    """Hold all locks of a run: nobody writes or processes it meanwhile. An object store has none."""
+def all_claimed(folder: RunFolder, owner: str, *, processings: bool = True) -> Iterator[None]:
+    """Hold all locks of a run: nobody writes it meanwhile, nor processes it. An object store has none.
+
+    Raises
+    ------
+    StreamOwned, ProcessingBusy : somebody else has one.
+    """
     with ExitStack() as held:
         if is_local(folder.path):
             for name in folder.data_sources():
                 _, fd = claim_stream(folder.stream(name), owner)
                 held.callback(os.close, fd)
-            for claim in folder.path.glob("processed/*/claim"):
+            for claim in folder.path.glob("processed/*/claim") if processings else ():
                 held.callback(os.close, _lock_processing(claim))
         yield
 

@@ -25,6 +25,7 @@ from storage.states import StateRange
 __all__ = [
     "LOCAL_EVENTS",
     "ChunkCommit",
+    "ChunkVeto",
     "Event",
     "RunFolder",
     "StreamPaths",
@@ -56,8 +57,22 @@ class Event(Record):
     payload: dict[str, Any]
 
 
+class ChunkVeto(Record):
+    """Frames of a sealed chunk that a veto removed: ``starts[i] <= frame_index < stops[i]``."""
+
+    veto: str
+    cause: str = Field(description="when, by whom and why, to be read behind `vetoed`")
+    starts: list[int]
+    stops: list[int]
+    digest: str = Field(description="of the chunk before")
+
+
 class ChunkCommit(Record):
-    """The commit point of chunk k: once this file exists, the chunk is sealed."""
+    """The commit point of chunk k: once this file exists, the chunk is sealed.
+
+    ``ranges`` say what the chunk was sealed with. A veto replaces the commit: of the frames that stay are then
+    ``n_frames``, ``size_bytes`` and ``digest``, and the commit before is kept with the veto.
+    """
 
     chunk: int
     start: int
@@ -69,6 +84,17 @@ class ChunkCommit(Record):
     table_digest: str = Field("", description="blake3 of the frame table's file")
     epoch: int
     sealed_at: datetime
+    vetoes: list[ChunkVeto] = Field(default_factory=list, description="what was removed since, in order")
+
+    @property
+    def vetoed(self) -> set[int]:
+        """The frame indices that were removed."""
+        return {
+            index
+            for veto in self.vetoes
+            for start, stop in zip(veto.starts, veto.stops, strict=True)
+            for index in range(start, stop)
+        }
 
 
 class StreamPaths:
@@ -246,10 +272,14 @@ def claim_stream(paths: StreamPaths, owner: str) -> tuple[int, int]:
             f"{paths.data_source} in {paths.claims.parent} is being written by {last_claim(paths)}; "
             "stop that one first, or use another data folder"
         )
-    epoch = 1 + max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
-    claim = json.dumps({"owner": owner, "at": datetime.now(UTC).isoformat()}).encode()
-    while not publish(paths.claims / f"{epoch:06d}.json", claim):
-        epoch += 1
+    try:
+        epoch = 1 + max((int(p.stem) for p in paths.claims.glob("[0-9]*.json")), default=0)
+        claim = json.dumps({"owner": owner, "at": datetime.now(UTC).isoformat()}).encode()
+        while not publish(paths.claims / f"{epoch:06d}.json", claim):
+            epoch += 1
+    except BaseException:  # a full disk, say: the lock must not stay with a claim that failed
+        os.close(fd)
+        raise
     return epoch, fd
 
 

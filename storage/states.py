@@ -30,19 +30,24 @@ class FrameState(IntEnum):
     pruned = 6
     # In memory only, of a stream that is not written to disk.
     buffered = 7
+    # Was stored, and was removed on purpose by a veto; its row stays.
+    vetoed = 8
 
 
 # A frame that can be read, whole or in part.
 READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete, FrameState.buffered)
 # What is not there, in whole or in part, has a reason.
-_HAVE_CAUSE = (FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.pruned)
-# What a ledger lists.
+_HAVE_CAUSE = (
+    FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.pruned, FrameState.vetoed,
+)  # fmt: skip
+# What a ledger lists. Not the vetoed: they lie between hits, in as many ranges; the commits have them.
 _LISTED = (
     FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.late, FrameState.pruned,
 )  # fmt: skip
 _STATES = tuple(FrameState)
 _READABLE_CODES = frozenset(map(int, READABLE))
 _IS_READABLE = np.array([state in READABLE for state in FrameState])
+_HAS_ROW = np.array([state in (*READABLE, FrameState.vetoed) for state in FrameState])
 
 
 class StateRange(Record):
@@ -103,6 +108,11 @@ class IndexStates:
         """The announced indices whose frames can be read, rising, int64."""
         start, stop = self._announced_range(start, stop)
         return np.flatnonzero(_IS_READABLE[self._codes[start:stop]]) + start
+
+    def with_rows(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The announced indices of which there is a row, rising, int64: readable or vetoed."""
+        start, stop = self._announced_range(start, stop)
+        return np.flatnonzero(_HAS_ROW[self._codes[start:stop]]) + start
 
     def account(self, start: int, stop: int, state: FrameState, cause: str | None) -> None:
         """Put those indices of a range that are still pending into a state."""
@@ -197,7 +207,7 @@ class StreamLedger(Record):
     buffered: int = Field(0, description="received, in memory only")
     stored: int = Field(0, description="received, all of it in the journal or a shard")
     incomplete: int = Field(0, description="received, but some parts never came")
-    vetoed: int = Field(0, description="received, removed on purpose")
+    vetoed: int = Field(0, description="received, and removed on purpose by a veto")
     pruned: int = Field(0, description="received, but not written to disk, and no longer in memory")
     ranges: list[StateRange] = Field(
         default_factory=list,
@@ -246,7 +256,10 @@ class StreamLedger(Record):
 def build_ledger(header: StreamHeader, states: IndexStates, duplicate: int, *, is_terminal: bool) -> StreamLedger:
     """The ledger that the states of all indices add up to."""
     counts = states.counts()
-    came = {s: counts[s] for s in (FrameState.buffered, FrameState.stored, FrameState.incomplete, FrameState.pruned)}
+    came_in = (
+        FrameState.buffered, FrameState.stored, FrameState.incomplete, FrameState.vetoed, FrameState.pruned,
+    )  # fmt: skip
+    came = {state: counts[state] for state in came_in}
     return StreamLedger(
         data_source=header.data_source,
         planned=header.planned,

@@ -60,6 +60,11 @@ class SealedChunks:
             self.remember(chunk, table)
         return table
 
+    def forget(self, chunk: int) -> None:
+        """Let go of a chunk's shard, for there is another one: the old one takes room as long as it is open."""
+        with self._lock:
+            self._shards.pop(chunk, None)
+
     def remember(self, chunk: int, infos: dict[int, FrameInfo]) -> None:
         """Keep a table that is in memory anyway."""
         with self._lock:
@@ -128,11 +133,11 @@ class StoredFrames:
         return (self._rows(chunk).get(slot) if is_there else None) or self.amendments.info(slot)
 
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
-        """Rows of the readable frames of a range by index and part, without reading payloads."""
+        """Rows of the frames of a range by index and part, without reading payloads; those of vetoed frames as well."""
         size, parts = self._header.frames_per_chunk, self._parts
-        readable = self.states.readable(start, stop)
-        edges = np.flatnonzero(np.diff(readable // size)) + 1
-        for indices in np.split(readable, edges):
+        known = self.states.with_rows(start, stop)
+        edges = np.flatnonzero(np.diff(known // size)) + 1
+        for indices in np.split(known, edges):
             rows = self._rows(int(indices[0]) // size) if indices.size else {}
             for index in indices.tolist():
                 for slot in range(index * parts, (index + 1) * parts):
@@ -227,7 +232,19 @@ class StoredFrames:
         self.commits[commit.chunk] = commit
         for part in commit.ranges:
             self.states.set(part.start, part.stop, FrameState[part.state], part.cause)
+        self._veto(commit)
         self.journals.pop(commit.chunk, None)
+
+    def revise(self, commit: ChunkCommit) -> None:
+        """A veto has replaced the commit of a sealed chunk, and with it the shard."""
+        self._veto(commit)
+        self.commits[commit.chunk] = commit
+        self.chunks.forget(commit.chunk)
+
+    def _veto(self, commit: ChunkCommit) -> None:
+        for veto in commit.vetoes:
+            for start, stop in zip(veto.starts, veto.stops, strict=True):
+                self.states.set(start, stop, FrameState.vetoed, veto.cause)
 
     def _set_stored(self, indices: list[int]) -> None:
         """Set runs of neighbours at once: one call for each frame costs more than storing it."""
@@ -272,6 +289,8 @@ def missing_frame(
         return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")
     if state is FrameState.pruned:
         return FrameMissing(f"{name} was {states.cause(index)}")
+    if state is FrameState.vetoed:
+        return FrameMissing(f"{name} was vetoed {states.cause(index)}")
     if is_terminal:
         return FrameMissing(f"{name} does not exist: the run has ended with {states.announced} frames")
     return FrameNotYetAvailable(

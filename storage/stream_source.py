@@ -7,10 +7,10 @@ runs against both.
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,13 +23,19 @@ from storage.models import Record, RunState, StreamHeader
 from storage.online_account import OnlineAccount, read_account
 from storage.run_folder import ChunkCommit, Event, RunFolder, has_writer
 from storage.states import FrameState, StreamLedger, build_ledger
-from storage.stored_frames import StoredFrames
+from storage.stored_frames import StoredFrames, missing_frame
 
 __all__ = ["FolderSource", "LeasedFrame", "StreamSource", "StreamStatus"]
 
 # How often a folder is looked at again while its writer is alive; there is no one to ask.
 _LOOK_AGAIN_S = 0.2
 _LOOK_AGAIN_FAR_S = 1.0
+# A stream that has ended changes only by a veto: to be looked for so often.
+_LOOK_FOR_VETO_S = 1.0
+# Two changes of a folder within a tick of the kernel's clock have the same time.
+_CLOCK_NS = 1_000_000_000
+
+T = TypeVar("T")
 
 
 class StreamStatus(Record):
@@ -178,6 +184,9 @@ class FolderSource:
         self._is_terminal = False
         # The last account taken in of a stream that is not in the folder, but in a service's memory.
         self._online_account: OnlineAccount | None = None
+        # When the folder of commits was last changed, ns, as far as that has been taken in; None if it may be behind.
+        self._commits_changed: int | None = None
+        self._veto_due = 0.0
         self._deletion = folder.deletion
         if self._deletion is not None:
             self._read_tombstone(self._deletion)
@@ -204,6 +213,8 @@ class FolderSource:
         for index in self.states.readable(start, stop):
             try:
                 found = self.read_parts(int(index))
+            except FrameMissing:  # vetoed just now
+                continue
             except CorruptFrame:
                 if frames:  # those before it are good; the next call names the damaged one
                     break
@@ -215,12 +226,10 @@ class FolderSource:
         return frames
 
     def read_one(self, frame_index: int) -> RawFrame:
-        self._look_for(frame_index)
-        return self._frames.read(frame_index, is_terminal=self._is_terminal)
+        return self._read(frame_index, lambda: self._frames.read(frame_index, is_terminal=self._is_terminal))
 
     def read_parts(self, frame_index: int) -> list[RawFrame]:
-        self._look_for(frame_index)
-        return self._frames.read_parts(frame_index, is_terminal=self._is_terminal)
+        return self._read(frame_index, lambda: self._frames.read_parts(frame_index, is_terminal=self._is_terminal))
 
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
         return self._frames.infos(start, stop)
@@ -305,13 +314,51 @@ class FolderSource:
         self.states.account(0, ledger.announced, FrameState.pruned, _in_words(deletion))
         self._finished, self._is_terminal = ledger.model_dump(), True
 
-    def _look_for(self, frame_index: int) -> None:
+    def _read(self, frame_index: int, read: Callable[[], T]) -> T:
+        """Read a frame, unless a veto that we had not heard of has taken it away."""
+        if self._finished is not None:
+            self._look_for_veto()
         if not self.states.is_readable(frame_index):
             self._refresh()
+        try:
+            return read()
+        except (KeyError, CorruptFrame):
+            # A veto says so in the commit before it takes frames away.
+            self._take_in_vetoes([frame_index // self.header.frames_per_chunk])
+            if self.states.is_readable(frame_index):
+                raise
+            raise missing_frame(self.header, self.states, frame_index, is_terminal=self._is_terminal) from None
+
+    def _look_for_veto(self) -> None:
+        """Take in what vetoes have done to an ended stream since the last look."""
+        now = time.monotonic()
+        if now < self._veto_due or self._deletion is not None or not is_local(self._paths.chunks):
+            return
+        self._veto_due = now + _LOOK_FOR_VETO_S
+        changed = self._time_of_commits()
+        if changed is None or changed != self._commits_changed:
+            self._take_in_vetoes(list(self._frames.commits))
+            self._commits_changed = changed
+
+    def _take_in_vetoes(self, chunks: list[int]) -> None:
+        known = self._frames.commits
+        there = [chunk for chunk in chunks if chunk in known and self._paths.commit(chunk).exists()]
+        for commit in self._paths.read_commits(there):
+            if len(commit.vetoes) > len(known[commit.chunk].vetoes):
+                self._frames.revise(commit)
+
+    def _time_of_commits(self) -> int | None:
+        """When a commit was last added or replaced, ns; None if so lately that another change could look the same."""
+        try:
+            changed = os.stat(self._paths.chunks).st_mtime_ns
+        except FileNotFoundError:
+            return None
+        return changed if time.time_ns() - changed > _CLOCK_NS else None
 
     def _refresh(self) -> None:
         """Take in what has been published since the last look."""
         if self._finished is not None:
+            self._look_for_veto()
             return
         if not self.states.announced:
             # Until the first frame the codec is the writer's guess.
@@ -325,6 +372,7 @@ class FolderSource:
             self._look_into_online_account(finished)
         elif is_local(self._paths.journal):
             accounts = self._look_into_journals(is_written=is_written)
+        changed = self._time_of_commits() if finished and is_local(self._paths.chunks) else None
         new = [chunk for chunk in self._paths.commits() if chunk not in self._frames.commits]
         for commit in self._paths.read_commits(new):
             self._frames.adopt(commit)
@@ -334,6 +382,7 @@ class FolderSource:
             self.states.announce(finished["announced"])
         # Last: if anything above fails, the next look takes it up again.
         self._finished, self._is_terminal = finished, finished is not None or not is_written
+        self._commits_changed = changed
 
     def _look_into_online_account(self, finished: dict | None) -> None:
         """No frames are here, but word of them; what is in memory can be read from its service only."""

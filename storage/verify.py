@@ -37,6 +37,7 @@ __all__ = ["Finding", "Hole", "VerifyReport", "verify_run"]
 # Frames read at once: neighbours behind a URL come with one request.
 _BATCH = 32
 _RESTORE = "restore it from a copy"
+_COMPLETE = "run `nearline veto` on the run again: it completes what was begun"
 _OTHER_TABLE = "is not the table that was sealed: its digest is not that of the commit"
 _STREAM_PARTS = (".stream.json", ".zarr", ".frames", ".chunks", ".journal", ".claims", ".amendments")
 
@@ -320,9 +321,13 @@ class _StreamCheck:
             if commit.table_digest and file_digest(content) != commit.table_digest:
                 check.found(path, _OTHER_TABLE, _RESTORE)
             rows = {info.frame_index * header.parts + info.part: info for info in read_frame_table(path)}
-            for problem in _differences(rows, commit, header):
+            gone = commit.vetoed
+            kept = {slot: info for slot, info in rows.items() if info.frame_index not in gone}
+            for problem in _differences(kept, commit, header):
                 check.found(path, problem, _RESTORE)
-            return rows
+            if commit.vetoes and len(commit.vetoes) == 1 and chunk_digest(rows) != commit.vetoes[0].digest:
+                check.found(path, "its rows of vetoed frames differ from what was sealed", _RESTORE)
+            return kept
         return None
 
     def _check_shard(self, header: StreamHeader, commit: ChunkCommit, rows: dict[int, FrameInfo] | None) -> None:
@@ -333,6 +338,9 @@ class _StreamCheck:
         with check.finding(local, f"{_RESTORE}; its frames cannot be read"):
             reader = ShardReader(path, first, n_slots)
             there = [slot for slot in range(first, first + n_slots) if slot in reader]
+            if rows is not None and commit.vetoes and rows.keys() < set(there):
+                check.found(local, "still has frames that were vetoed: the veto was interrupted", _COMPLETE)
+                there = sorted(rows)
             if rows is not None and rows.keys() != set(there):
                 odd = sorted(rows.keys() ^ set(there))[0] // header.parts
                 check.found(local, "its index and the frame table name different frames", _RESTORE, odd)
@@ -494,6 +502,7 @@ def _contradictions(commit: ChunkCommit, header: StreamHeader, chunk: int) -> It
     if [part.start for part in commit.ranges] != edges[:-1] or edges[-1] != commit.stop:
         yield "its ranges do not cover its frames"
     n_there = sum(part.stop - part.start for part in commit.ranges if FrameState[part.state] in READABLE)
+    n_there -= len(commit.vetoed)
     if n_there != commit.n_frames:
         yield f"says {commit.n_frames} frames, its ranges {n_there}"
 

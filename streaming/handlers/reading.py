@@ -49,7 +49,7 @@ def read(desk: Desk, call: Call) -> Answer | None:
         stop = max(min(request.stop, start + MOST_FRAMES_AT_ONCE, view.states.announced), start)
         indices = view.states.readable(start, stop).tolist()
     if request.rows_only:
-        desk.librarian.do(lambda: _answer_with(desk, call, lambda: _rows(view, call, indices, stop)))
+        desk.librarian.do(lambda: _answer_with(desk, call, lambda: _rows(view, call, stop)))
         return LATER
     credit = min(request.max_bytes, call.client.credit, MOST_BYTES_AN_ANSWER)
     answer = _from_memory(desk, view, call, indices, stop, credit)
@@ -155,10 +155,9 @@ def _from_disk(desk: Desk, view: StreamView, call: Call, indices: list[int], sto
     return frames_answer(call, frames, stop)
 
 
-def _rows(view: StreamView, call: Call, indices: list[int], stop: int) -> Answer:
+def _rows(view: StreamView, call: Call, stop: int) -> Answer:
     store: Any = view.live.store if view.live else view.source
-    start = indices[0] if indices else stop
-    infos = list(store.infos(start, stop)) if indices else []
+    infos = list(store.infos(max(getattr(call.request, "start", 0), 0), stop))
     return wire.Frames(id=call.request.id, infos=infos, next=stop), NO_PAYLOAD
 
 

@@ -6,6 +6,7 @@ Every message carries the offending value and ends with what to do next.
 __all__ = [
     "AccessDenied",
     "BadAnnotation",
+    "BadCriterion",
     "BadFrame",
     "BadMessage",
     "BadName",
@@ -59,6 +60,10 @@ class BadAnnotation(NearlineError, ValueError):
 
 class BadFrame(NearlineError, ValueError):
     """A frame whose bytes, shape or dtype contradict its stream's header."""
+
+
+class BadCriterion(NearlineError, ValueError):
+    """A stop criterion that cannot be read, or names what nothing is known of; the message lists what there is."""
 
 
 class BadQuery(NearlineError, ValueError):

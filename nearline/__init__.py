@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from streaming.wire import AckLevel
 
 __all__ = [
-    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer", "start_run", "stop_run",
-    "use_compiled_kernels",
+    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "process_live", "producer", "start_run",
+    "stop_run", "use_compiled_kernels",
 ]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
@@ -155,6 +155,39 @@ def process(run: str | Path, recipe: Any, **options: Any) -> dict[str, Any]:
     options.setdefault("root", _root_from_environment())
     content = load_recipe(recipe).model_dump(mode="json")
     return run_processing(ProcessRequest(run=str(run), recipe=content, **options))
+
+
+def process_live(
+    run: str | Path,
+    recipe: Any,
+    *,
+    data_source: str | None = None,
+    name: str = "live",
+    decide: Any = None,
+    service: str | None = None,
+    timeout: float | None = None,
+    stop: Any = None,
+    wait: float = 60.0,
+) -> dict[str, Any]:
+    """Carry out a recipe on each frame as it is stored, with the results in a stream; for decisions within a second.
+
+    The columns of each frame are a row of ``<data source>.results@<name>`` some milliseconds after the frame was
+    stored: follow that stream, or ask ``where`` of the data source. `process` works by chunks and keeps its tables.
+
+    Parameters
+    ----------
+    decide : ``decide(frame, columns)`` returns further columns for the row, such as what to do next.
+    timeout : end after so many seconds without a new frame; None waits until the run has ended.
+    stop : a `threading.Event` that ends it when set.
+    wait : seconds to wait for the run, and for its data source, to begin.
+    """
+    from flows.live_steps import process_live, wait_for_stream
+    from tasks.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    opened = open(run, service=_service_address(service), wait=wait)
+    stream = wait_for_stream(opened, data_source, wait)
+    return process_live(opened, stream, loaded, name=name, decide=decide, timeout=timeout, stop=stop)
 
 
 def _service_address(service: str | None) -> str:

@@ -32,21 +32,26 @@ class DerivedStream(Protocol):
         ...
 
 
-def open_derived(run: Run, header: StreamHeader) -> DerivedStream:
+def open_derived(run: Run, header: StreamHeader, *, producer: str | None = None) -> DerivedStream:
     """A derived stream of a run, open for writing.
+
+    Parameters
+    ----------
+    producer : name under which this and others fill the stream together: it ends with the first that finishes it,
+        and one that died without finishing it is not waited for.
 
     Raises
     ------
     ProtocolError, FileExistsError : it exists and has ended.
     """
     if run.service_address is not None:
-        return _ThroughService(run.service_address, header)
+        return _ThroughService(run.service_address, header, producer)
     return _IntoFolder(RunFolder.open(run.folder), header)
 
 
 class _ThroughService:
-    def __init__(self, address: str, header: StreamHeader) -> None:
-        self._producer = Producer(address, header.experiment, header.data_source)
+    def __init__(self, address: str, header: StreamHeader, producer: str | None) -> None:
+        self._producer = Producer(address, header.experiment, header.data_source, name=producer)
         self._header = header
         self._stream = self._producer.derived(header.run, header)
 

@@ -3,7 +3,7 @@
 A step returns tables. ``frames`` has one row per frame of the chunk, in order, and its columns
 are what queries, stop criteria and the live view see; other tables (``peaks``, ``crystals``,
 ``reflections``) are keyed by ``frame_index``. A user's function does the same by returning a dict
-of arrays with one value per frame.
+of arrays with one value, or one array of a fixed length, per frame; a dict among them is a table.
 """
 
 import functools
@@ -45,6 +45,10 @@ __all__ = ["STEPS", "BinParams", "FindPeaksParams", "Step", "crystal_matrix", "f
 
 Upstream = Mapping[str, Tables]
 _KEEP_FINDERS = 2
+# Made from columns, and sent on as pixels: no user's table can be one of these.
+_OUR_TABLES = frozenset(("frames", "binned"))
+# Kinds of NumPy numbers, booleans among them.
+_NUMBERS = "biuf"
 P = TypeVar("P", PeakParams, IntegrationParams)
 
 
@@ -167,7 +171,7 @@ def check_user_step(name: str, params: Mapping[str, Any]) -> None:
 
 
 def user_step(name: str) -> Step:
-    """A user's function as a step: ``function(chunk, **params)`` → one array per column."""
+    """A user's function as a step: ``function(chunk, **params)`` → columns, and tables."""
     function = find_function(name)
 
     def run(chunk: ChunkFrames, params: dict[str, Any], cell: UnitCell | None, upstream: Upstream) -> Tables:
@@ -178,7 +182,7 @@ def user_step(name: str) -> Step:
                 f"step {name} failed on frames {chunk.frame_index[0]} to {chunk.frame_index[-1]} "
                 f"with {type(error).__name__}: {error}"
             ) from error
-        return {"frames": _columns_of(chunk, result, name)}
+        return _tables_of(chunk, result, name)
 
     module = inspect.getmodule(function)
     step = Step(dict, run, (module,) if module else ())
@@ -186,24 +190,47 @@ def user_step(name: str) -> Step:
     return step
 
 
-def _columns_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> pa.Table:
+def _tables_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> Tables:
+    """What a user's step returned: ``frames`` of its columns, and a table of each dict among its values."""
     if not isinstance(result, Mapping):
         raise BadRecipe(f"step {name} returned a {type(result).__name__}; return a dict of one array per column")
-    columns: dict[str, Any] = {"frame_index": chunk.frame_index}
-    for column, values in result.items():
-        values = np.asarray(values)
-        if column == "frame_index" or values.dtype.kind not in "biufSU":
-            raise BadRecipe(
-                f"step {name} returned column {column!r} of {values.dtype}; return numbers, booleans or text, "
-                "and leave frame_index to us"
-            )
-        if values.shape != (len(chunk),):
-            raise BadRecipe(
-                f"step {name} returned column {column!r} of shape {values.shape} for {len(chunk)} frames; "
-                "return one value per frame"
-            )
-        columns[str(column)] = values
-    return pa.table(columns)
+    frames: dict[str, Any] = {"frame_index": chunk.frame_index}
+    tables: Tables = {}
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            tables[key] = _extra_table(chunk, value, key, name)
+            continue
+        if key == "frame_index":
+            raise BadRecipe(f"step {name} returned column 'frame_index'; leave it to us")
+        frames[str(key)] = _column(np.asarray(value), len(chunk), f"step {name} returned column {key!r}")
+    return {"frames": pa.table(frames), **tables}
+
+
+def _extra_table(chunk: ChunkFrames, columns: Mapping[str, Any], table: str, name: str) -> pa.Table:
+    """Any number of rows for each frame; ``frame_index`` says whose they are, and never falls."""
+    where = f"step {name} returned table {table!r}"
+    index = np.asarray(columns.get("frame_index", None))
+    if table in _OUR_TABLES or index.ndim != 1 or (len(index) and index.dtype.kind not in "iu"):
+        raise BadRecipe(f"{where} without a frame_index of whole numbers, or under a name of ours; see docs/recipes.md")
+    if not np.isin(index, chunk.frame_index).all() or (np.diff(index) < 0).any():
+        raise BadRecipe(f"{where} with a frame_index that falls, or that is no frame of the chunk; sort its rows by it")
+    made = {str(key): _column(np.asarray(value), len(index), f"{where} with {key!r}") for key, value in columns.items()}
+    return pa.table(made | {"frame_index": index.astype(np.int64)})
+
+
+def _column(values: np.ndarray, n_rows: int, what: str) -> Any:
+    """A value a row, or an array of equal length a row; of those, not-a-number becomes null, as JSON has none."""
+    if values.dtype.kind not in (_NUMBERS if values.ndim > 1 else _NUMBERS + "SU"):
+        raise BadRecipe(f"{what} of {values.dtype}; return numbers, booleans or text, and arrays of numbers")
+    if values.ndim not in (1, 2) or values.shape[0] != n_rows or 0 in values.shape[1:]:
+        raise BadRecipe(
+            f"{what} of shape {values.shape} for {n_rows} rows; return one value, or one array of a fixed length, a row"
+        )
+    if not n_rows:
+        return pa.nulls(0)  # nobody can tell of what type: it takes that of the other chunks
+    if values.ndim == 1:
+        return values
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), from_pandas=True), values.shape[1])
 
 
 # ---- ours -------------------------------------------------------------------------------------

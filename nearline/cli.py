@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import nearline
-from nearline import group_commands, show, token_commands, veto_commands
+from nearline import automation_commands, group_commands, show, token_commands, veto_commands
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
@@ -449,6 +449,7 @@ app.add_typer(catalog_app, name="catalog")
 app.add_typer(token_commands.app, name="token")
 app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
+app.command("relay")(automation_commands.relay)
 
 
 @catalog_app.command("rebuild")

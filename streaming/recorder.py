@@ -32,6 +32,7 @@ from streaming.buffer import FrameBuffer
 from streaming.live_stream import AckLevel, Ended, LiveStream, Put, SeriesPart, Settled, StreamKey
 from streaming.metrics import ServiceMetrics
 from streaming.online_store import OnlineStore
+from streaming.outbox import Outbox
 from streaming.publisher import Publisher
 from streaming.writer import DiskState, Writer
 
@@ -74,11 +75,12 @@ class Recorder:
         gap_timeout_s: float = 2.0,
         idle_timeout_s: float = 60.0,
         uploader: Uploader | None = None,
+        outbox: Outbox | None = None,
         metrics: ServiceMetrics | None = None,
         on_change: Callable[[StreamKey], None] = lambda key: None,
     ) -> None:
         self.root, self.metrics = root, metrics or ServiceMetrics()
-        self._catalog, self._uploader = catalog, uploader
+        self._catalog, self._uploader, self._outbox = catalog, uploader, outbox
         self.buffer, self.disk = FrameBuffer(budget_bytes), DiskState()
         self.n_rejected_messages = 0
         self._gap_timeout_s, self._idle_timeout_s = gap_timeout_s, idle_timeout_s
@@ -180,6 +182,7 @@ class Recorder:
         streams = [s for s in self._primary(folder) if not s.is_ended]
         if not streams:
             self._end_empty(folder, aborted or "no stream was started")
+            self._run_changed(folder)
             done(None)
         left = len(streams)
 
@@ -472,6 +475,8 @@ class Recorder:
         self._catalog.record(stream.folder, {stream.header.data_source: stream.store.states.announced})
         if self._uploader is not None:
             self._uploader.chunk_sealed(stream.folder, stream.header.data_source, commit.chunk)
+        if self._outbox is not None:
+            self._outbox.chunk_sealed(stream, commit)
         self._on_change(stream.key)
 
     def ending(self, stream: LiveStream) -> None:
@@ -517,10 +522,12 @@ class Recorder:
             del self._streams[stream.key]
 
     def _run_changed(self, folder: RunFolder) -> None:
-        """Have the index and the object store brought up to date; neither is waited for."""
+        """Have index, object store and outbox brought up to date; none is waited for."""
         self._catalog.record(folder)
         if self._uploader is not None:
             self._uploader.run_changed(folder)
+        if self._outbox is not None:
+            self._outbox.run_changed(folder)
 
     # ---- the sync thread -------------------------------------------------------------------------
 

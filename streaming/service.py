@@ -26,6 +26,7 @@ from streaming.connectors.eiger import EigerConnector
 from streaming.live_stream import StreamKey
 from streaming.memory import collect_rarely, keep_freed_memory
 from streaming.metrics import ServiceMetrics, resident_bytes
+from streaming.outbox import Outbox
 from streaming.recorder import Recorder
 from streaming.security import Authority, announce_key, check_bind, secure_server, service_folder
 from streaming.server import Server
@@ -95,6 +96,8 @@ class Service:
         if settings.upload_to:
             self._uploader = Uploader(settings.upload_to, remove_local=settings.removes_uploaded)
             self._stack.callback(self._uploader.close)
+        self._outbox = Outbox(self._root, lambda: self.address)
+        self._stack.callback(self._outbox.stop)
         self.recorder = Recorder(
             self._root,
             self._catalog_writer,
@@ -102,6 +105,7 @@ class Service:
             gap_timeout_s=settings.gap_timeout_s,
             idle_timeout_s=settings.idle_timeout_s,
             uploader=self._uploader,
+            outbox=self._outbox,
             metrics=self.metrics,
             on_change=self._changed,
         )
@@ -140,6 +144,7 @@ class Service:
             except BaseException:
                 self._server.discard()
                 raise
+        self._outbox.start()
         if self._uploader is not None:
             self._uploader.resume(self._root)
         # Numba takes a while to import; the first frames are checked without it.
@@ -196,6 +201,7 @@ class Service:
             "groups": self._server.group_rows(),
             "uploads": self._upload_status(),
             "catalog": self._catalog_writer.status(),
+            "outbox": self._outbox.status(),
             "metrics": self.metrics.as_dict(),
         }
 

@@ -95,6 +95,13 @@ class CatalogStatus(Record):
     error: str | None = Field(None, description="why it cannot be written; None when it can")
 
 
+class OutboxStatus(Record):
+    """Facts about runs for others to carry on, a `streaming.outbox.Outbox`."""
+
+    told: int = Field(0, description="facts in it, since the data folder's first service")
+    error: str | None = Field(None, description="why the last one could not be written; None when it could")
+
+
 class HistogramStatus(Record):
     """A `streaming.metrics.Histogram`."""
 
@@ -129,6 +136,7 @@ class ServiceStatus(Record):
     groups: tuple[GroupRow, ...] = ()
     uploads: UploadStatus = UploadStatus()
     catalog: CatalogStatus = CatalogStatus()
+    outbox: OutboxStatus = OutboxStatus()
     metrics: MetricsStatus = MetricsStatus()
 
     def problems(self) -> list[str]:
@@ -161,6 +169,11 @@ class ServiceStatus(Record):
             found.append(
                 f"{self.uploads.waiting} chunks wait for their object store: {self.uploads.error}; "
                 "they are kept on this disk meanwhile"
+            )
+        if self.outbox.error:
+            found.append(
+                f"the outbox cannot be written: {self.outbox.error}; frames are safe, flows are started later "
+                "(`nearline catch-up`)"
             )
         found += [f"run {run} is not uploaded: {why}" for run, why in self.uploads.refused.items()]
         found += [

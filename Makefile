@@ -15,7 +15,7 @@ demo: $(VENV)/.run  ## a run from detector to NeXus, under Prefect, on this mach
 	$(BIN)/nearline demo $(DEMO_OPTIONS)
 
 test: $(VENV)/.dev  ## all tests
-	$(BIN)/python -m pytest -m "not campaign" $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not campaign" $(TEST_OPTIONS)
 
 check: $(VENV)/.dev  ## ruff, types, import layers
 	$(BIN)/ruff check .

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.errors import BadRecipe
 from storage.models import Model
@@ -45,6 +45,14 @@ class Execution(Model):
     limit: str | None = Field(
         None, description="Prefect global concurrency limit that each task occupies, so that flows share it"
     )
+
+    @model_validator(mode="after")
+    def _dask_alone_has_a_cluster(self) -> Self:
+        if self.kind != "dask" and (self.address or self.cluster or self.cluster_options):
+            raise ValueError(f"address, cluster, cluster_options are for kind: dask, not {self.kind}; leave them out")
+        if self.address and (self.cluster or self.cluster_options):
+            raise ValueError("address is of a running scheduler; leave out cluster and cluster_options, or address")
+        return self
 
     @property
     def n_ahead(self) -> int:

@@ -23,13 +23,14 @@ from prefect.states import Completed, State
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.execution import Execution, Executor, Promise, dask_cluster
+from flows.experiment import RECIPE_PREFIX, resolve_recipe
 from flows.run_processing import ProcessRequest, Progress, run_processing
 from storage.errors import BadRecipe, ProcessingBusy
 from storage.run_folder import ChunkCommit
 from storage.step_store import Processing
-from streaming.retrieval import Run
+from streaming.retrieval import Run, open_run
 from tasks.chunk_job import ChunkJob, StepGroup
-from tasks.recipe import Recipe, load_recipe
+from tasks.recipe import Recipe
 
 __all__ = ["process_run"]
 
@@ -55,7 +56,8 @@ def process_run(
     Parameters
     ----------
     run : experiment/number such as lyso-2026/17, or the path of a run folder.
-    recipe : the recipe's content, or the path of its file.
+    recipe : the recipe's content, the path of its file, or ``experiment:`` and the path of an experiment file, which
+        says what the run's sample is processed with.
     data_source : which detector; needed only if the run has several.
     service : address of the streaming service; by default the one on this machine.
     root : data folder to look in when no service answers.
@@ -69,7 +71,9 @@ def process_run(
     The summary of the processing. If somebody else is at it already, the flow run completes as *Claimed elsewhere*,
     and there is no summary.
     """
-    content = load_recipe(recipe).model_dump(mode="json")
+    is_by_file = isinstance(recipe, str) and recipe.startswith(RECIPE_PREFIX)
+    sample = open_run(run, service=service, root=root).header.sample if is_by_file else None
+    content = resolve_recipe(recipe, run, sample).model_dump(mode="json")
     request = ProcessRequest(
         run=run,
         recipe=content,

@@ -30,6 +30,7 @@ from flows.pictures import draw_frame
 from storage.errors import NearlineError, StreamNotFound
 from storage.models import Model, StreamHeader
 from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
+from storage.veto import hold_frames
 from streaming.derived import DerivedStream, open_derived
 from streaming.retrieval import Chunk, Run, Stream, open_run
 from tasks.bin_frames import binned_header
@@ -185,7 +186,13 @@ def run_processing(
     if request.if_done == "skip" and (done := _finished_before(run, stream, recipe)) is not None:
         log.info("%s was processed with this recipe and code as %s", run.name, done.name)
         return (done.summary or {}) | {"done_before": True}
-    processing, claim = _claim_processing(run, stream, recipe, flow_run)
+    # A veto replaces the shards that are read here.
+    held = hold_frames(run.folder)
+    try:
+        processing, claim = _claim_processing(run, stream, recipe, flow_run)
+    except BaseException:
+        os.close(held)
+        raise
     try:
         with open_executor(request.execution) as executor:
             n_threads = request.n_threads or request.execution.n_threads
@@ -193,6 +200,7 @@ def run_processing(
             return work.carry_out(request.execution.n_ahead)
     finally:
         os.close(claim)
+        os.close(held)
 
 
 def _wait_for_stream(run: Run, data_source: str | None) -> Stream:

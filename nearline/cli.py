@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import nearline
-from nearline import automation_commands, group_commands, show, token_commands, veto_commands
+from nearline import automation_commands, experiment_commands, group_commands, show, token_commands, veto_commands
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
@@ -446,6 +446,7 @@ def annotate(
 
 catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every fact in it is in the run folders.")
 app.add_typer(catalog_app, name="catalog")
+experiment_commands.register(app)
 app.add_typer(token_commands.app, name="token")
 app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")

@@ -7,6 +7,7 @@ __all__ = [
     "AccessDenied",
     "BadAnnotation",
     "BadCriterion",
+    "BadExperiment",
     "BadFrame",
     "BadMessage",
     "BadName",
@@ -56,6 +57,10 @@ class BadName(NearlineError, ValueError):
 
 class BadAnnotation(NearlineError, ValueError):
     """A fact about frames that cannot be kept, or a stored one that cannot be read."""
+
+
+class BadExperiment(NearlineError, ValueError):
+    """An experiment file that does not say what it must, or contradicts itself; the message names file and field."""
 
 
 class BadFrame(NearlineError, ValueError):

@@ -195,7 +195,7 @@ def _tables_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> Tabl
     if not isinstance(result, Mapping):
         raise BadRecipe(f"step {name} returned a {type(result).__name__}; return a dict of one array per column")
     frames: dict[str, Any] = {"frame_index": chunk.frame_index}
-    tables: Tables = {}
+    tables: dict[str, pa.Table] = {}
     for key, value in result.items():
         if isinstance(value, Mapping):
             tables[key] = _extra_table(chunk, value, key, name)

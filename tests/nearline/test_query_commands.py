@@ -91,7 +91,7 @@ def test_list(run):
     nearline("annotate", run, "laser=null", "x=-1.5e3", "--frames", "1,5", "--source", "eiger")
     nearline("annotate", run, "laser=true", "--to", "2030-01-01T00:00:00Z")
     shown = nearline("annotate", run, "--list").stdout
-    for words in ("alice", "3:", "null", "-1500.0", "… to 2030-01-01 00:00:00", "eiger", "all"):
+    for words in ("alice", "3:", "null", "-1500.0", "2030-01-01", "eiger", "all"):
         assert words in shown
     listed = json.loads(nearline("annotate", run, "--list", "--json").stdout)
     assert [(row["batch"], row["name"], row["start"], row["value"]) for row in listed] == [

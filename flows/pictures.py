@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from storage.models import StreamHeader
 from tasks.bin_frames import MARKED, bin_frame
@@ -33,10 +32,13 @@ def draw_frame(
     factor = max(1, -(-frame.shape[1] // _WIDTH_PX))
     sums, _ = bin_frame(frame, mask, factor, None)
     image = np.where(sums == MARKED, np.nan, sums / factor**2)
-    figure, axes = plt.subplots(figsize=(7, 7 * frame.shape[0] / frame.shape[1] + 0.4), dpi=100)
+    # No pyplot: it keeps figures for a whole process, and runs are processed in several threads.
+    figure = Figure(figsize=(7, 7 * frame.shape[0] / frame.shape[1] + 0.4), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     low, high = np.nanpercentile(image, [1, 99.7]) if np.isfinite(image).any() else (0, 1)
     extent = (0, sums.shape[1] * factor, sums.shape[0] * factor, 0)
-    colours = plt.get_cmap("gray_r").with_extremes(bad="#cfd8e6")
+    colours = colormaps["gray_r"].with_extremes(bad="#cfd8e6")
     axes.imshow(image, cmap=colours, vmin=low, vmax=max(high, low + 1e-6), extent=extent, interpolation="nearest")
     axes.autoscale(False)
     if reflections is not None and len(reflections):
@@ -58,5 +60,4 @@ def draw_frame(
     figure.tight_layout(pad=0.4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    plt.close(figure)
     return path

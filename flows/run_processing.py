@@ -220,7 +220,9 @@ def _same(run: Run, stream: Stream, recipe: Recipe) -> Iterator[Processing]:
     wanted = (recipe.digest, code_digest(recipe), stream.name)
     for processing in find_processings(run.folder).values():
         manifest = processing.manifest
-        if (manifest.recipe_digest, manifest.code_digest, manifest.data_source) == wanted:
+        # A part of a run that was tried out is no processing of it.
+        is_whole = manifest.part is None
+        if is_whole and (manifest.recipe_digest, manifest.code_digest, manifest.data_source) == wanted:
             yield processing
 
 

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from storage.kernels import use_compiled_kernels
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "process_live", "producer", "start_run",
     "stop_run", "use_compiled_kernels",
+    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer", "reprocess",
+    "start_run", "stop_run", "use_compiled_kernels",
 ]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
@@ -142,18 +145,46 @@ def stop_run(experiment: str, run: int, *, aborted: str | None = None, service: 
     stop_run(experiment, run, service=_service_address(service), aborted=aborted)
 
 
-def process(run: str | Path, recipe: Any, **options: Any) -> dict[str, Any]:
-    """Process a run with a recipe (a file, a dict or a Recipe), with no Prefect server; its summary.
+def process(
+    run: str | Path,
+    recipe: Any,
+    *,
+    wait: bool = True,
+    deployment: str | bool | None = None,
+    timeout: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Process a run with a recipe (a file, a dict or a Recipe); its summary.
 
-    Options are the fields of `flows.run_processing.ProcessRequest`: ``data_source``, ``service``,
-    ``root``, ``n_threads``.
+    In this process and with no Prefect server, unless a deployment is asked for: then a worker does it.
+
+    Parameters
+    ----------
+    wait : False returns as soon as the flow run is handed over, with its ``flow_run_id`` and ``flow_run_url``; only a
+        worker can do that, so ``deployment`` is then True unless given.
+    deployment : True for the experiment's own (process-run/<experiment>-again for a run that has ended, else
+        process-run/<experiment>), or ``flow/deployment`` by name; the server is that of ``PREFECT_API_URL``.
+    timeout : s to wait for a worker's result.
+    options : fields of `flows.run_processing.ProcessRequest`: ``data_source``, ``service``, ``root``, ``n_threads``.
+
+    Raises
+    ------
+    DeploymentNotFound, ServiceUnavailable, FlowRunFailed : of a deployment.
     """
-    from flows.run_processing import ProcessRequest, run_processing
     from tasks.recipe import load_recipe
 
     options.setdefault("service", os.environ.get("NEARLINE_SERVICE"))
     options.setdefault("root", _root_from_environment())
     content = load_recipe(recipe).model_dump(mode="json")
+    if deployment or (deployment is None and not wait):
+        from flows.calls import process_deployed
+
+        named = deployment if isinstance(deployment, str) else None
+        return process_deployed(str(run), content, options, deployment=named, wait=wait, timeout=timeout)
+    if not wait:
+        raise ValueError("wait=False needs a worker: leave out deployment=False")
+    from flows.run_processing import ProcessRequest, run_processing
+
     return run_processing(ProcessRequest(run=str(run), recipe=content, **options))
 
 
@@ -188,6 +219,56 @@ def process_live(
     opened = open(run, service=_service_address(service), wait=wait)
     stream = wait_for_stream(opened, data_source, wait)
     return process_live(opened, stream, loaded, name=name, decide=decide, timeout=timeout, stop=stop)
+def reprocess(
+    runs: str | Sequence[str],
+    recipe: Any,
+    *,
+    where: str | None = None,
+    parallel: int = 1,
+    again: bool = False,
+    wait: bool = True,
+    deployment: str | bool | None = None,
+    timeout: float | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Process finished runs again with another recipe; old processings stay, only what changed is computed.
+
+    Parameters
+    ----------
+    runs : ``lyso-2026/3``, ranges ``lyso-2026/3-9``, whole experiments ``lyso-2026/*``, or run folders.
+    where : SQL condition over runs, such as ``sample = 'lysozyme' AND indexing_rate < 0.3``.
+    parallel : so many runs at a time.
+    again : process also runs that have a finished processing with this very recipe and code.
+    wait, deployment, timeout, options : as in `process`; the deployment is reprocess-runs/<experiment>.
+
+    Returns
+    -------
+    The summary: ``runs`` with what became of each, ``failed`` with the reason for each run that failed. Without
+    waiting: ``flow_run_id`` and ``flow_run_url``.
+
+    Raises
+    ------
+    RunNotFound, BadQuery : no run is meant.
+    DeploymentNotFound, ServiceUnavailable, FlowRunFailed : of a deployment.
+    """
+    from tasks.recipe import load_recipe
+
+    options.setdefault("service", os.environ.get("NEARLINE_SERVICE"))
+    options.setdefault("root", _root_from_environment())
+    texts = [runs] if isinstance(runs, str) else [str(run) for run in runs]
+    loaded = load_recipe(recipe)
+    if deployment or (deployment is None and not wait):
+        from flows.calls import reprocess_deployed
+
+        given = {"where": where, "parallel": parallel, "again": again, **options}
+        named = deployment if isinstance(deployment, str) else None
+        content = loaded.model_dump(mode="json")
+        return reprocess_deployed(texts, content, given, deployment=named, wait=wait, timeout=timeout)
+    if not wait:
+        raise ValueError("wait=False needs a worker: leave out deployment=False")
+    from flows.reprocessing import reprocess_here
+
+    return reprocess_here(texts, loaded, where=where, parallel=parallel, again=again, **options)
 
 
 def _service_address(service: str | None) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import nearline
 from nearline import automation_commands, experiment_commands, group_commands, show, token_commands, veto_commands
+from nearline import group_commands, reprocess_commands, show, token_commands
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError
@@ -448,6 +449,7 @@ catalog_app = typer.Typer(no_args_is_help=True, help="The index of runs; every f
 app.add_typer(catalog_app, name="catalog")
 experiment_commands.register(app)
 app.add_typer(token_commands.app, name="token")
+reprocess_commands.add_to(app)
 app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
 app.command("relay")(automation_commands.relay)

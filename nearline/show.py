@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -136,7 +137,11 @@ def run_list(console: Console, rows: list[dict[str, Any]], as_json: bool) -> Non
 
 
 def run_info(console: Console, run: Any, as_json: bool) -> None:
-    processings = {name: p.summary or {} for name, p in run.processings.items()}
+    from storage.promotion import default_processing, read_promotion
+
+    found = run.processings
+    processings = {name: p.summary or {} for name, p in found.items()}
+    default, promotion = default_processing(run.folder), read_promotion(run.folder)
     if as_json:
         content = {
             "run": run.header.model_dump(mode="json"),
@@ -144,6 +149,8 @@ def run_info(console: Console, run: Any, as_json: bool) -> None:
             "folder": str(run.folder),
             "streams": {name: run[name].header.model_dump(mode="json") for name in run.data_sources},
             "processings": processings,
+            "default_processing": default.name if default else None,
+            "promotion": promotion.model_dump(mode="json") if promotion else None,
         }
         print(json.dumps(content))
         return
@@ -158,8 +165,11 @@ def run_info(console: Console, run: Any, as_json: bool) -> None:
         table = Table("processing", "frames", "hits", "indexed", "recipe")
         for name, summary in processings.items():
             values = [str(summary.get(key, "…")) for key in ("frames", "hits", "indexed", "recipe")]
-            table.add_row(name, *values)
+            table.add_row(f"{name} (default)" if default is not None and name == default.name else name, *values)
         console.print(table)
+    if promotion is not None:
+        by, why = promotion.by and f" by {promotion.by}", promotion.why and f": {promotion.why}"
+        console.print(f"{promotion.processing} was promoted on {promotion.at:%Y-%m-%d %H:%M}{by}{why}", highlight=False)
 
 
 def ledgers(console: Console, run: Any, as_json: bool) -> bool:
@@ -287,6 +297,18 @@ def run_with_bar(request: Any, console: Console) -> dict[str, Any]:
     logging.getLogger("nearline.process").setLevel(logging.WARNING)
     with StageBars(console) as bars:
         return run_processing(request, reporter=_BarReporter(bars.update))
+
+
+@contextmanager
+def quiet_process_log() -> Iterator[None]:
+    """No log lines of chunks: a bar says it all."""
+    log = logging.getLogger("nearline.process")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 class _BarReporter:

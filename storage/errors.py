@@ -3,6 +3,8 @@
 Every message carries the offending value and ends with what to do next.
 """
 
+from typing import Any
+
 __all__ = [
     "AccessDenied",
     "BadAnnotation",
@@ -18,6 +20,8 @@ __all__ = [
     "CredentialsUnusable",
     "DamagedFile",
     "DamagedOutput",
+    "DeploymentNotFound",
+    "FlowRunFailed",
     "FrameMissing",
     "FrameNotYetAvailable",
     "FrameTooLate",
@@ -33,6 +37,7 @@ __all__ = [
     "ProtocolError",
     "RunBusy",
     "RunNotFound",
+    "RunsFailed",
     "ServiceUnavailable",
     "ShapeMismatch",
     "SourceBusy",
@@ -205,3 +210,17 @@ class UploadConflict(NearlineError):
 
 class VetoRefused(NearlineError):
     """Frames that cannot be vetoed, or not yet, or a veto that cannot be taken back any more."""
+class DeploymentNotFound(NearlineError, LookupError):
+    """A flow that the Prefect server knows no deployment of."""
+
+
+class FlowRunFailed(NearlineError, RuntimeError):
+    """A flow run that ended otherwise than completed, or not in time."""
+
+
+class RunsFailed(NearlineError, RuntimeError):
+    """Some runs of a bulk reprocessing failed; ``summary`` says what became of each."""
+
+    def __init__(self, message: str, summary: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.summary = summary

@@ -174,6 +174,7 @@ class Manifest(Record):
     host: str = ""
     flow_run_id: str | None = None
     flow_run_url: str | None = None
+    part: tuple[int, int] | None = Field(None, description="of a canary: frames [start, stop); None for the whole run")
 
 
 class Processing:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from storage.amendments import Amendments
 from storage.errors import BadQuery
 from storage.frame_columns import FIXED_COLUMNS, META, PREFIXES, FrameRows, gather_rows, unified
+from storage.promotion import read_promotion
 from storage.step_store import Processing, find_processings
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ class _ResultRows:
 
 
 def find_results(stream: "Stream", processing: str | None = None) -> Results | None:
-    """The results of a processing; by default of the newest that has finished or is running.
+    """The results of a processing; by default of the promoted one, else of the newest that has finished or is running.
 
     A derived stream has those of the processing that made it. None where there are none.
 
@@ -243,13 +244,23 @@ def find_results(stream: "Stream", processing: str | None = None) -> Results | N
     processings = find_processings(folder.path) if folder is not None else {}
     tables = {name: p for name, p in processings.items() if p.manifest.data_source == origin}
     names = sorted({*streams, *tables}, key=lambda name: (len(name), name))
-    wanted = processing or stream.header.processing
+    wanted = processing or stream.header.processing or _promoted(stream, names)
     if processing is not None and processing not in names:
         raise BadQuery(f"no processing {processing!r} of {origin}; there are: {', '.join(names) or 'none yet'}")
-    found = [_results(stream, name, streams.get(name), tables.get(name)) for name in names if wanted in (None, name)]
+    # A canary speaks for a part of the run only: it is asked by name.
+    whole = [name for name in names if name not in tables or tables[name].manifest.part is None]
+    chosen = whole if wanted is None else [wanted]
+    found = [_results(stream, name, streams.get(name), tables.get(name)) for name in chosen]
     usable = [results for results in found if results is not None]
     active = [results for results in usable if results.stream is None or results.stream.is_live]
     return (active or usable)[-1] if usable else None
+
+
+def _promoted(stream: "Stream", names: list[str]) -> str | None:
+    """The processing that somebody made the run's default, if it is one of these."""
+    folder = stream.run.visible_folder
+    promotion = read_promotion(folder.path) if folder is not None else None
+    return promotion.processing if promotion is not None and promotion.processing in names else None
 
 
 def _results(stream: "Stream", name: str, data_source: str | None, processing: Processing | None) -> Results | None:

@@ -396,7 +396,8 @@ class Stream:
         Parameters
         ----------
         columns : what the selection's table shows beside frame_index; by default what the condition uses.
-        processing : whose results; by default those of the newest that has finished or is running.
+        processing : whose results; by default those of the promoted one, else of the newest that has finished or is
+            running.
         start : with ``follow``, the first frame index to consider.
         timeout : with ``follow``, stop after so many seconds in which no further frame could be decided.
         stop : with ``follow``, the loop ends when another thread sets it.
@@ -599,6 +600,25 @@ class Run:
         from storage.step_store import find_processings
 
         return find_processings(self.folder)
+
+    def processing(self, name: str | None = None) -> "Processing":
+        """A processing by id; by default the promoted one (`nearline promote`), else the newest of the whole run.
+
+        Raises
+        ------
+        RunNotFound : there is none of that name, or none yet; the message lists those there are.
+        """
+        from storage.promotion import default_processing
+
+        found = self.processings
+        chosen = default_processing(self.folder) if name is None else found.get(name)
+        if chosen is None:
+            missing = "processing" if name is None else f"processing {name!r}"
+            raise RunNotFound(
+                f"run {self.name} has no {missing}; it has: {', '.join(found) or 'none yet'}; "
+                "`nearline process` makes one"
+            )
+        return chosen
 
     @cached_property
     def visible_folder(self) -> RunFolder | None:

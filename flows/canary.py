@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def process_chunks(
     try:
         for chunk in chunks:
             frames = [frame.raw for frame in chunk.frames()]
-            result = process_chunk(recipe, chunk.commit, frames, header, mask, run.folder, n_threads=n_threads)
+            result = process_chunk(
+                recipe, chunk.commit, partial(list, frames), header, mask, run.folder, n_threads=n_threads
+            )
             canary.add_chunk(result.manifest)
             totals.add(result.manifest)
         summary = {

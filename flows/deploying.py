@@ -402,7 +402,11 @@ def _automation(client: SyncPrefectClient, experiment: str) -> AutomationCore:
             RunDeployment(
                 source="selected",
                 deployment_id=deployment.id,
-                parameters={"run": {"__prefect_kind": "jinja", "template": "{{ event.payload.name }}"}},
+                parameters={
+                    "run": {"__prefect_kind": "jinja", "template": "{{ event.payload.name }}"},
+                    # An event may be told twice, and somebody may have been faster.
+                    "if_done": "skip",
+                },
             )
         ],
     )

@@ -3,34 +3,26 @@
 Prefect records; it decides nothing. The results are the same without it.
 """
 
-import base64
-import io
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-import httpx
-from PIL import Image
 from prefect import flow, runtime, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import PrefectException
 from prefect.states import Completed, State
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.execution import Execution, Executor, Promise, dask_cluster
 from flows.experiment import RECIPE_PREFIX, resolve_recipe
-from flows.run_processing import ProcessRequest, Progress, run_processing
+from flows.run_page import RunPage
+from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe, ProcessingBusy
 from storage.run_folder import ChunkCommit
-from storage.step_store import Processing
-from streaming.retrieval import Run, open_run
+from streaming.retrieval import open_run
 from tasks.chunk_job import ChunkJob, StepGroup
-from tasks.recipe import Recipe
 
 __all__ = ["process_run"]
 
@@ -86,7 +78,7 @@ def process_run(
     )
     flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
     try:
-        return run_processing(request, reporter=_Artifacts(), open_executor=_task_executor, flow_run=flow_run)
+        return run_processing(request, reporter=RunPage(), open_executor=_task_executor, flow_run=flow_run)
     except ProcessingBusy as error:
         return Completed(name="Claimed elsewhere", message=str(error))
 
@@ -183,90 +175,3 @@ def _task_executor(execution: Execution) -> Iterator[Executor]:
 def _run_name(job: ChunkJob) -> str:
     folder = Path(job.folder)
     return f"{folder.parent.name}/{folder.name}"
-
-
-# ---- artifacts --------------------------------------------------------------------------------
-
-
-class _Artifacts:
-    """What the Prefect UI shows of a processing."""
-
-    def __init__(self) -> None:
-        self._key = ""
-        self._progress: Any = None
-        self._lines: list[str] = []
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
-        self._key = _artifact_key(run.name, processing.name)
-        self._title = f"{run.name} · {processing.name} · {recipe.name}"
-        self._progress = _tell(create_progress_artifact, 0.0, key=f"{self._key}-progress", description=self._title)
-
-    def chunk_done(self, progress: Progress) -> None:
-        totals = progress.totals
-        if progress.planned:
-            self._show_progress(min(100.0 * (progress.chunk.stop / progress.planned), 100.0))
-        self._lines.append(
-            f"| {progress.chunk.chunk} | {progress.chunk.start}–{progress.chunk.stop - 1} | {progress.chunk.n_frames} "
-            f"| {progress.chunk.n_hits} | {progress.chunk.n_indexed} | {progress.lag_frames} |"
-        )
-        text = [
-            f"# {self._title}",
-            f"**{totals.frames}** frames · hit rate **{100 * totals.hit_rate:.1f} %** of frames · "
-            f"indexing rate **{100 * totals.indexing_rate:.1f} %** of hits · lag {progress.lag_frames} frames",
-            "",
-            "| chunk | frames | received | hits | indexed | lag |",
-            "|---|---|---|---|---|---|",
-            *self._lines[-20:],
-        ]
-        _write("\n".join(text), f"{self._key}-rates", "hit and indexing rate by chunk")
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        self._show_progress(100.0)
-        files = [f"| {name} | `{path}` |" for name, path in summary["files"].items()]
-        pictures = [_embedded(Path(path)) for path in summary["pictures"]]
-        text = [
-            f"# {self._title}",
-            f"**{summary['frames']}** frames, "
-            f"**{summary['hits']}** hits ({100 * summary['hit_rate']:.1f} % of frames), "
-            f"**{summary['indexed']}** indexed ({100 * summary['indexing_rate']:.1f} % of hits), "
-            f"{summary['seconds']:.1f} s",
-            "",
-            "| file | path |",
-            "|---|---|",
-            *files,
-            "",
-            *pictures,
-        ]
-        _write("\n".join(text), f"{self._key}-summary", "what came out, with examples")
-
-    def _show_progress(self, percent: float) -> None:
-        if self._progress is not None:
-            _tell(update_progress_artifact, self._progress, percent)
-
-
-def _write(text: str, key: str, description: str) -> None:
-    _tell(create_markdown_artifact, text, key=key, description=description)
-
-
-def _tell(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Show something in the UI; a server that is away costs a picture, not the analysis."""
-    try:
-        return function(*args, **options)
-    except (httpx.HTTPError, PrefectException, OSError) as error:
-        log.warning("the Prefect server did not take an artifact: %s", error)
-        return None
-
-
-def _artifact_key(run: str, processing: str) -> str:
-    """Prefect allows lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{run}-{processing}".lower()).strip("-")
-
-
-def _embedded(path: Path) -> str:
-    """A small copy of a picture inside the text: the UI has no access to the data folder."""
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
-        small.thumbnail((_PICTURE_PX, _PICTURE_PX))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=70)
-    return f"![{path.stem}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"

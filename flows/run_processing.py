@@ -27,6 +27,7 @@ from pydantic import Field
 from flows.execution import Execution, Executor, Promise, plain_executor
 from flows.exports import RunExporter
 from flows.pictures import draw_frame
+from flows.record_provenance import ProvenanceReporter
 from storage.errors import NearlineError, StreamNotFound
 from storage.models import Model, StreamHeader
 from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
@@ -196,7 +197,8 @@ def run_processing(
     try:
         with open_executor(request.execution) as executor:
             n_threads = request.n_threads or request.execution.n_threads
-            work = _Work(run, stream, processing, recipe, n_threads, executor, reporter or Silent())
+            told = Reporters([ProvenanceReporter(flow_run[0] if flow_run else None), reporter or Silent()])
+            work = _Work(run, stream, processing, recipe, n_threads, executor, told)
             return work.carry_out(request.execution.n_ahead)
     finally:
         os.close(claim)

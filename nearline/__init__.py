@@ -27,10 +27,20 @@ if TYPE_CHECKING:
     from streaming.wire import AckLevel
 
 __all__ = [
-    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "process_live", "producer", "start_run",
-    "stop_run", "use_compiled_kernels",
-    "Chunk", "Frame", "Producer", "Run", "Stream", "errors", "open", "process", "producer", "reprocess",
-    "start_run", "stop_run", "use_compiled_kernels",
+    "Chunk",
+    "Frame",
+    "Producer",
+    "Run",
+    "Stream",
+    "errors",
+    "open",
+    "process",
+    "process_live",
+    "producer",
+    "reprocess",
+    "start_run",
+    "stop_run",
+    "use_compiled_kernels",
 ]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
@@ -219,6 +229,8 @@ def process_live(
     opened = open(run, service=_service_address(service), wait=wait)
     stream = wait_for_stream(opened, data_source, wait)
     return process_live(opened, stream, loaded, name=name, decide=decide, timeout=timeout, stop=stop)
+
+
 def reprocess(
     runs: str | Sequence[str],
     recipe: Any,

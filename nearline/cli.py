@@ -13,8 +13,15 @@ import typer
 from rich.console import Console
 
 import nearline
-from nearline import automation_commands, experiment_commands, group_commands, show, token_commands, veto_commands
-from nearline import group_commands, reprocess_commands, show, token_commands
+from nearline import (
+    automation_commands,
+    experiment_commands,
+    group_commands,
+    reprocess_commands,
+    show,
+    token_commands,
+    veto_commands,
+)
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root, Service
 from storage.errors import NearlineError

@@ -9,50 +9,28 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Engine, event, make_url, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import BigInteger
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.schema import CreateIndex, CreateTable
-from sqlalchemy.types import TypeDecorator
-from sqlmodel import Field, Session, SQLModel, create_engine, delete, select
+from sqlmodel import Field, SQLModel, delete, select
 
 from storage.errors import NearlineError
 from storage.models import RunState
 from storage.run_folder import RunFolder, find_runs
+from storage.sql import Database, Utc
 
 __all__ = ["Catalog", "CatalogWriter", "Rebuilt", "RunRow", "StreamRow", "default_url"]
 
 log = logging.getLogger("nearline.catalog")
 
-_INSERTS: dict[str, Callable[..., Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-# PostgreSQL, s and ms: a server that does not answer is given up, and tried again later.
-_CONNECT_TIMEOUT_S = 5
-_STATEMENT_TIMEOUT_MS = 10_000
-# Any number will do, as long as all services take the same.
-_TABLES_LOCK = 0x4E4C4341
 _COUNTS_EVERY_S = 1.0
 _FIRST_RETRY_S = 0.5
 _LAST_RETRY_S = 30.0
-
-
-class _Utc(TypeDecorator[datetime]):
-    """A moment: kept in UTC without a zone, which both databases do alike."""
-
-    impl = DateTime
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, _dialect: object) -> datetime | None:
-        return value and value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, _dialect: object) -> datetime | None:
-        return value and value.replace(tzinfo=UTC)
 
 
 class RunRow(SQLModel, table=True):
@@ -61,7 +39,7 @@ class RunRow(SQLModel, table=True):
     __tablename__ = "run"
     experiment: str = Field(primary_key=True)
     run: int = Field(primary_key=True)
-    started_at: datetime = Field(sa_type=_Utc)
+    started_at: datetime = Field(sa_type=Utc)
     state: str = RunState.live
     sample: str | None = None
     folder: str
@@ -98,16 +76,12 @@ class Catalog:
     """Opened once per process; safe from any thread. Nothing is asked of the database before it is needed."""
 
     def __init__(self, url: str) -> None:
-        self._engine = create_engine(url, **_engine_options(url))
-        if self._engine.dialect.name == "sqlite":
-            _use_wal(self._engine)
-        self._has_tables = False
-        self._lock = threading.Lock()
+        self._database = Database(url, (RunRow, StreamRow))
 
     @property
     def place(self) -> str:
         """Where it is, without a password."""
-        return self._engine.url.render_as_string(hide_password=True)
+        return self._database.place
 
     def record(self, folder: RunFolder, announced: dict[str, int] | None = None) -> None:
         """Bring the rows of one run up to what its folder says.
@@ -124,13 +98,13 @@ class Catalog:
         query = select(RunRow).order_by(RunRow.experiment, RunRow.run)  # type: ignore[arg-type]
         if experiment is not None:
             query = query.where(RunRow.experiment == experiment)
-        with self._session() as session:
+        with self._database.session() as session:
             return list(session.exec(query))
 
     def streams(self, experiment: str, run: int) -> list[StreamRow]:
         """The data sources of one run."""
         query = select(StreamRow).where(StreamRow.experiment == experiment, StreamRow.run == run)
-        with self._session() as session:
+        with self._database.session() as session:
             return sorted(session.exec(query), key=lambda row: row.data_source)
 
     def rebuild(self, root: Path, progress: Callable[[int, int], None] | None = None) -> Rebuilt:
@@ -153,25 +127,15 @@ class Catalog:
         return Rebuilt(len(recorded), left_out)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     def _write(self, run: RunRow, streams: list[StreamRow]) -> None:
         """Insert or update: another service may be writing the same rows, so nothing is looked up first."""
-        with self._session() as session:
-            self._upsert(session, [run])
-            self._upsert(session, streams)
+        with self._database.session() as session:
+            self._database.upsert(session, [run])
+            self._database.upsert(session, streams)
             gone = delete(StreamRow).where(StreamRow.experiment == run.experiment, StreamRow.run == run.run)  # type: ignore[arg-type]
             session.exec(gone.where(StreamRow.data_source.not_in([s.data_source for s in streams])))  # type: ignore[attr-defined]
-
-    def _upsert(self, session: Session, rows: Sequence[SQLModel]) -> None:
-        if not rows:
-            return
-        table = type(rows[0]).__table__  # type: ignore[attr-defined]
-        insert = _INSERTS[self._engine.dialect.name](table)
-        keys = [column.name for column in table.primary_key]
-        values = {c.name: insert.excluded[c.name] for c in table.columns if c.name not in keys}
-        # Rows as parameters: with rows in the statement, SQLAlchemy would compile each anew (5 ms).
-        session.execute(insert.on_conflict_do_update(index_elements=keys, set_=values), [r.model_dump() for r in rows])
 
     def _forget_others(self, root: Path, recorded: set[tuple[str, int]]) -> None:
         """Remove the rows of this data folder whose runs are not there (any more)."""
@@ -179,31 +143,9 @@ class Catalog:
         for row in self.runs():
             key = (row.experiment, row.run)
             if row.folder.startswith(below) and key not in recorded:
-                with self._session() as session:
+                with self._database.session() as session:
                     session.exec(delete(StreamRow).where(StreamRow.experiment == key[0], StreamRow.run == key[1]))  # type: ignore[arg-type]
                     session.exec(delete(RunRow).where(RunRow.experiment == key[0], RunRow.run == key[1]))  # type: ignore[arg-type]
-
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        self._make_tables()
-        with Session(self._engine, expire_on_commit=False) as session:
-            yield session
-            session.commit()
-
-    def _make_tables(self) -> None:
-        with self._lock:
-            if self._has_tables:
-                return
-            with self._engine.begin() as connection:
-                if self._engine.dialect.name == "postgresql":
-                    # Two services that begin at once would both find no tables, and one would fail.
-                    connection.execute(text(f"SELECT pg_advisory_xact_lock({_TABLES_LOCK})"))
-                # Not `create_all`, which looks first: in SQLite another process may be between its look and its table.
-                for table in (RunRow.__table__, StreamRow.__table__):  # type: ignore[attr-defined]
-                    connection.execute(CreateTable(table, if_not_exists=True))
-                    for index in table.indexes:
-                        connection.execute(CreateIndex(index, if_not_exists=True))
-            self._has_tables = True
 
 
 @dataclass
@@ -364,24 +306,6 @@ def _stream_row(folder: RunFolder, name: str, announced: int | None) -> StreamRo
         planned=header.planned,
         announced=announced,
     )
-
-
-def _engine_options(url: str) -> dict[str, Any]:
-    if make_url(url).get_backend_name() != "postgresql":
-        return {}
-    timeouts = {"connect_timeout": _CONNECT_TIMEOUT_S, "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS}"}
-    return {"pool_pre_ping": True, "connect_args": timeouts}
-
-
-def _use_wal(engine: Engine) -> None:
-    """Readers never wait for the writer; a power loss may cost the last rows, which a rebuild brings back."""
-
-    @event.listens_for(engine, "connect")
-    def _configure(connection: object, _record: object) -> None:
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
 
 
 def _first_line(error: SQLAlchemyError) -> str:

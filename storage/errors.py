@@ -210,6 +210,8 @@ class UploadConflict(NearlineError):
 
 class VetoRefused(NearlineError):
     """Frames that cannot be vetoed, or not yet, or a veto that cannot be taken back any more."""
+
+
 class DeploymentNotFound(NearlineError, LookupError):
     """A flow that the Prefect server knows no deployment of."""
 

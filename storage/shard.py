@@ -51,6 +51,10 @@ class ShardReader:
         row = frame_index - self.start
         return 0 <= row < self.size and int(self._rows[row, 1]) != 2**64 - 1
 
+    def location(self, frame_index: int) -> Location:
+        """Where the frame's bytes are in the shard, without the crc behind them; KeyError where it has a hole."""
+        return self._place(frame_index)
+
     def read(self, frame_index: int) -> bytes:
         """The frame's bytes without their crc; KeyError where the shard has a hole.
 

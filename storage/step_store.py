@@ -21,11 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from storage.agents import publish_environment, this_agent
 from storage.errors import BadRecipe, DamagedOutput, ProcessingBusy, RunNotFound
 from storage.files import publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Record
 from storage.names import check_name
+from storage.table_digest import table_digest
 
 __all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
 
@@ -80,7 +82,13 @@ class StepStore:
     """The ``steps/`` folder of a run."""
 
     def __init__(self, run: Path) -> None:
-        self._root = run / "steps"
+        self._run, self._root = run, run / "steps"
+
+    def record(self, digest: str) -> dict[str, Any] | None:
+        """What a step output was computed from, what its tables say (digests), and who made it; None if not there."""
+        path = self._root / digest / "step.json"
+        content: dict[str, Any] | None = json.loads(path.read_bytes()) if path.exists() else None
+        return content
 
     def find(self, digest: str) -> StoredTables | None:
         """The output of a step if all of it is there, its tables not read yet; None if it has to be computed."""
@@ -118,7 +126,12 @@ class StepStore:
         try:
             for name, table in tables.items():
                 publish(aside / f"{check_name(name, 'table')}.parquet", table_bytes(table))
-            content = key | {"tables": sorted(tables)}
+            content = key | {
+                "tables": sorted(tables),
+                "content": {name: table_digest(table) for name, table in tables.items()},
+                "made": {"at": datetime.now(UTC).isoformat(), **this_agent().model_dump()},
+            }
+            publish_environment(self._run)
             publish(aside / "step.json", json.dumps(content, indent=1, sort_keys=True, default=str).encode())
             aside.rename(self._root / digest)
             _remember(self._root / digest, tables)

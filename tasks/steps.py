@@ -121,6 +121,11 @@ class Step:
         """What the code of this step is: source digest and versions of the numeric libraries."""
         return {"source": source_digest(*self.kernels, *_SHARED), **library_versions()}
 
+    @property
+    def modules(self) -> dict[str, str]:
+        """The source digest of each module that is part of its identity."""
+        return {module.__name__: source_digest(module) for module in (*self.kernels, *_SHARED)}
+
 
 # What every step is computed with, whatever its kernel.
 _SHARED = (sys.modules[__name__], chunk_frames, bin_frames, geometry_module, codec_module)

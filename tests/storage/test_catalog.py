@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from storage import catalog as catalog_module
+from storage import sql
 from storage.catalog import Catalog, CatalogWriter, default_url
 from storage.errors import DamagedFile
 
@@ -249,7 +249,7 @@ def test_an_absent_server_is_caught_up_with(tmp_path, postgres, caplog):
 
 def test_a_server_that_hangs_is_given_up_and_tried_again(tmp_path, postgres, caplog, monkeypatch):
     """It takes connections, and answers none: as with a stopped process, or a disk that is away."""
-    monkeypatch.setattr(catalog_module, "_CONNECT_TIMEOUT_S", 2)
+    monkeypatch.setattr(sql, "_CONNECT_TIMEOUT_S", 2)
     catalog = Catalog(postgres.url)
     writer = CatalogWriter(catalog)
     postgres.process.send_signal(signal.SIGSTOP)

@@ -1,7 +1,7 @@
 """Vetoing: the frames of an ended run that nobody wants go, and what they were stays known.
 
 A veto is planned (nothing changes), marked (recorded with the time at which it is due; it can be undone) and
-carried out. `docs/decisions/0032-vetoes.md` says why each step is safe. In the run's folder::
+carried out. `docs/decisions/0030-vetoes.md` says why each step is safe. In the run's folder::
 
     vetoes/v1/plan.json              which frames, by whom, why, when; the control sample
     vetoes/v1/background.npy         sum of the vetoed frames, and background-count.npy, how many of them had the pixel

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 
 from flows.explaining import explain
-from flows.record_provenance import ProvenanceReporter
 from flows.replaying import replay
 from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadQuery, FrameMissing
@@ -43,7 +42,7 @@ def processed(simulated_run, tmp_path_factory):
 
 def process(folder, recipe):
     request = ProcessRequest(run=str(folder), recipe=recipe.model_dump(mode="json"))
-    return run_processing(request, reporter=ProvenanceReporter(flow_run="11111111-2222"))
+    return run_processing(request, flow_run=("11111111-2222", "http://127.0.0.1/11111111-2222"))
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ FLOWS = (
     DeployedFlow("flows.process_run.process_run", "live"),
     DeployedFlow("flows.process_run.process_run", "reprocess", "-again"),
     DeployedFlow("flows.reprocess_runs.reprocess_runs", "reprocess"),
-    DeployedFlow("flows.merge_dataset.merge_dataset", "reprocess"),
+    DeployedFlow("flows.canary_run.canary_run", "reprocess"),
     DeployedFlow("flows.retain_run.retain_run", "reprocess"),
     DeployedFlow("flows.export_nexus.export_nexus", "export"),
 )

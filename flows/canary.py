@@ -5,25 +5,20 @@ no files or streams and takes nothing from the live processing; what both comput
 """
 
 import os
-import socket
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from flows.comparison import Comparison, compare_processings
-from flows.run_processing import RunTotals
+from flows.run_processing import RunTotals, new_manifest
 from storage.errors import StreamNotFound
 from storage.promotion import default_processing
 from storage.run_folder import ChunkCommit
-from storage.step_store import Manifest, Processing, find_processings
+from storage.step_store import Processing, find_processings
 from streaming.retrieval import Chunk, Run, Stream
-from tasks.chunk_frames import usable_mask
-from tasks.process_chunk import code_digest, process_chunk
-from tasks.recipe import Recipe, read_mask
+from tasks.chunk_job import ChunkJob
+from tasks.recipe import Recipe
 
 __all__ = ["newest_chunks", "process_chunks", "try_recipe"]
 
@@ -100,16 +95,12 @@ def process_chunks(
 ) -> tuple[Processing, dict[str, Any]]:
     """Carry out a recipe on some chunks as a canary; it and its summary."""
     started = time.perf_counter()
-    header = stream.header.model_copy(update={"detector": recipe.detector_header(stream.header.detector)})
-    mask = usable_mask(stream.pixel_mask, stream.header.shape, read_mask(Path(recipe.mask)) if recipe.mask else None)
     canary, claim = _create(run, stream, recipe, (chunks[0].start, chunks[-1].stop), flow_run)
     totals = RunTotals()
     try:
         for chunk in chunks:
-            frames = [frame.raw for frame in chunk.frames()]
-            result = process_chunk(
-                recipe, chunk.commit, partial(list, frames), header, mask, run.folder, n_threads=n_threads
-            )
+            job = ChunkJob(str(run.folder), stream.name, recipe, chunk.commit, n_threads)
+            result = job.result(job.carry_out_all())
             canary.add_chunk(result.manifest)
             totals.add(result.manifest)
         summary = {
@@ -166,19 +157,7 @@ def _create(
     """A new canary and the claim on it."""
     number = 1
     while True:
-        manifest = Manifest(
-            processing=f"canary{number}",
-            data_source=stream.name,
-            recipe=recipe.model_dump(mode="json"),
-            recipe_digest=recipe.digest,
-            code_digest=code_digest(recipe),
-            started_at=datetime.now(UTC),
-            versions={package: version(package) for package in ("nearline", "numpy", "numba", "gemmi", "zarr", "h5py")},
-            host=socket.gethostname(),
-            flow_run_id=flow_run[0] if flow_run else None,
-            flow_run_url=flow_run[1] if flow_run else None,
-            part=part,
-        )
+        manifest = new_manifest(f"canary{number}", stream, recipe, flow_run, part=part)
         try:
             canary = Processing.create(run.folder, manifest)
         except FileExistsError:

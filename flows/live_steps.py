@@ -7,25 +7,25 @@ afterwards, gives the same columns.
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flows.run_processing import plain_row
 from storage.errors import BadRecipe, GroupNeedsService, IndexConflict, StreamNotFound
 from storage.models import StreamHeader
 from storage.names import check_name
 from storage.step_store import Tables, join_frames
 from streaming.derived import DerivedStream, open_derived
 from streaming.retrieval import Frame, Run, Stream
-from tasks.chunk_frames import ChunkFrames, usable_mask
+from tasks.chunk_frames import ChunkFrames
+from tasks.chunk_job import analysis_header, analysis_mask
 from tasks.process_chunk import code_digest
-from tasks.recipe import Recipe, StepSpec, read_mask
+from tasks.recipe import Recipe, StepSpec
 from tasks.steps import STEPS, BinParams, user_step
 
 __all__ = ["Decide", "process_live", "run_steps", "wait_for_stream"]
@@ -93,9 +93,7 @@ class _Live:
     def __init__(self, run: Run, stream: Stream, recipe: Recipe, name: str, decide: Decide | None) -> None:
         self._run, self._stream, self._recipe, self._decide = run, stream, recipe, decide
         self._group, self._target = f"process-{name}", f"{stream.name}.results@{name}"
-        self._header = stream.header.model_copy(update={"detector": recipe.detector_header(stream.header.detector)})
-        user_mask = read_mask(Path(recipe.mask)) if recipe.mask else None
-        self._mask = usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
+        self._header, self._mask = analysis_header(stream, recipe), analysis_mask(stream, recipe)
         self._name = name
 
     def carry_out(self, timeout: float | None, stop: threading.Event | None) -> dict[str, Any]:
@@ -116,7 +114,7 @@ class _Live:
 
     def _row_of(self, frame: Frame) -> dict[str, Any]:
         try:
-            row = _plain(run_steps(self._recipe, self._chunk_of(frame)))
+            row = plain_row(run_steps(self._recipe, self._chunk_of(frame)))
         except BadRecipe as error:
             log.warning("frame %d of %s: %s", frame.frame_index, self._stream.name, error)
             return {"error": str(error)}
@@ -175,8 +173,3 @@ def _send(derived: DerivedStream, frame_index: int, row: dict[str, Any]) -> None
         derived.send([(frame_index, None, row)])
     except IndexConflict as error:
         log.warning("%s", error)
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as JSON can hold it: not-a-number becomes nothing."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -40,7 +40,9 @@ from tasks.process_chunk import ChunkResult, code_digest
 from tasks.recipe import Recipe, load_recipe
 from tasks.steps import STEPS, BinParams
 
-__all__ = ["OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "run_processing"]
+__all__ = [
+    "OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "new_manifest", "plain_row", "run_processing",
+]  # fmt: skip
 
 log = logging.getLogger("nearline.process")
 
@@ -242,13 +244,21 @@ def _claim_processing(
             return unfinished, unfinished.claim()
         number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
         try:
-            processing = Processing.create(run.folder, _manifest(f"p{number}", stream, recipe, flow_run))
+            processing = Processing.create(run.folder, new_manifest(f"p{number}", stream, recipe, flow_run))
         except FileExistsError:
             continue  # somebody else began one just now; if it is the same, it is theirs
         return processing, processing.claim()
 
 
-def _manifest(name: str, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None) -> Manifest:
+def new_manifest(
+    name: str,
+    stream: Stream,
+    recipe: Recipe,
+    flow_run: tuple[str, str] | None,
+    *,
+    part: tuple[int, int] | None = None,
+) -> Manifest:
+    """What is known of a processing as it begins; ``part`` is (start, stop) of the frames of a canary."""
     packages = ("nearline", "numpy", "numba", "gemmi", "zarr", "h5py")
     return Manifest(
         processing=name,
@@ -261,6 +271,7 @@ def _manifest(name: str, stream: Stream, recipe: Recipe, flow_run: tuple[str, st
         host=socket.gethostname(),
         flow_run_id=flow_run[0] if flow_run else None,
         flow_run_url=flow_run[1] if flow_run else None,
+        part=part,
     )
 
 
@@ -388,7 +399,7 @@ class _Work:
 
     def _publish(self, result: ChunkResult) -> None:
         if "results" in self._derived:
-            rows = [_plain(row) for row in result.frames.to_pylist()]
+            rows = [plain_row(row) for row in result.frames.to_pylist()]
             self._derived["results"].send([(row.pop("frame_index"), None, row) for row in rows])
         binned = result.table("binned")
         if "binned" in self._derived and binned is not None:
@@ -493,6 +504,6 @@ class _Feeder:
         return False
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row as JSON can hold it: not-a-number becomes nothing."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

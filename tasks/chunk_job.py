@@ -83,7 +83,8 @@ class ChunkJob:
         return self._process(None, seconds)
 
     def plan(self) -> list[PlannedStep]:
-        return plan_steps(self.recipe, self.commit, *self._view())
+        """Its steps with their digests; made once in a process, though each group of steps asks for it."""
+        return _plan_of(self.folder, self.data_source, self.recipe.digest, self.commit.digest, _Unhashed(self))
 
     def frames(self) -> list[Frame]:
         """The chunk's frames, in index order; kept for a while."""
@@ -111,13 +112,14 @@ class ChunkJob:
             header,
             mask,
             Path(self.folder),
+            plan=self.plan(),
             n_threads=self.n_threads,
             steps=names,
             seconds=seconds,
         )
 
     def _view(self) -> tuple[StreamHeader, np.ndarray]:
-        return _view_of(self.folder, self.data_source, self.recipe.digest, _Unhashed(self.recipe))
+        return _view_of(self.folder, self.data_source, self.recipe.digest, _Unhashed(self))
 
 
 def analysis_header(stream: Stream, recipe: Recipe) -> StreamHeader:
@@ -133,10 +135,10 @@ def analysis_mask(stream: Stream, recipe: Recipe) -> np.ndarray:
 
 
 class _Unhashed:
-    """A recipe beside its digest in a cache's key: the digest tells two apart."""
+    """A job beside the digests that tell it from others in a cache's key."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, job: ChunkJob) -> None:
+        self.job = job
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Unhashed)
@@ -146,9 +148,15 @@ class _Unhashed:
 
 
 @lru_cache(maxsize=8)
-def _view_of(folder: str, data_source: str, recipe_digest: str, recipe: _Unhashed) -> tuple[StreamHeader, np.ndarray]:
-    stream = _stream_of(folder, data_source)
-    return analysis_header(stream, recipe.recipe), analysis_mask(stream, recipe.recipe)
+def _view_of(folder: str, data_source: str, recipe_digest: str, key: _Unhashed) -> tuple[StreamHeader, np.ndarray]:
+    stream, recipe = _stream_of(folder, data_source), key.job.recipe
+    return analysis_header(stream, recipe), analysis_mask(stream, recipe)
+
+
+@lru_cache(maxsize=16)
+def _plan_of(folder: str, data_source: str, recipe_digest: str, chunk_digest: str, key: _Unhashed) -> list[PlannedStep]:
+    job = key.job
+    return plan_steps(job.recipe, job.commit, *job._view())
 
 
 def _stream_of(folder: str, data_source: str) -> Stream:

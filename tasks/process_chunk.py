@@ -92,6 +92,7 @@ def process_chunk(
     mask: np.ndarray,
     run_folder: Path,
     *,
+    plan: Sequence[PlannedStep] | None = None,
     n_threads: int = 1,
     steps: Collection[str] | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -105,10 +106,11 @@ def process_chunk(
     header : of the stream, with the recipe's detector values in place.
     mask : (slow, fast), nonzero = do not use.
     run_folder : where ``steps/`` is.
+    plan : as `plan_steps` gives it, if it is known.
     steps : names of the steps to carry out; the others must be there. All of them by default.
     seconds : what steps took that were carried out elsewhere.
     """
-    plan = plan_steps(recipe, commit, header, mask)
+    plan = plan_steps(recipe, commit, header, mask) if plan is None else plan
     work = _Work(recipe, plan, StepStore(run_folder), lambda: _chunk(frames(), header, mask, commit, n_threads))
     for planned in plan:
         if steps is None or planned.spec.name in steps:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -17,6 +17,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from flows.execution import Execution, Executor, Promise, dask_cluster
 from flows.experiment import RECIPE_PREFIX, resolve_recipe
+from flows.parameters import DataSource, RecipeParameter, Root, RunName, ServiceAddress, Threads, described
 from flows.run_page import RunPage
 from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe, ProcessingBusy
@@ -29,19 +30,29 @@ __all__ = ["process_run"]
 log = logging.getLogger("nearline.process")
 
 T = TypeVar("T")
-_PICTURE_PX = 420
+
+Where = Annotated[
+    Execution | None,
+    described("Execution", "Where chunks are analysed, and how many at once; by default here, one after the other"),
+]
+IfDone = Annotated[
+    Literal["repeat", "skip"],
+    described(
+        "If done", "If this recipe and code have processed the run: repeat makes another processing, skip leaves it"
+    ),
+]
 
 
 @flow(name="process-run", flow_run_name="process {run}", persist_result=False, validate_parameters=True)
 def process_run(
-    run: str,
-    recipe: dict[str, Any] | str,
-    data_source: str | None = None,
-    service: str | None = None,
-    root: str | None = None,
-    n_threads: int | None = None,
-    execution: Execution | None = None,
-    if_done: Literal["repeat", "skip"] = "repeat",
+    run: RunName,
+    recipe: RecipeParameter,
+    data_source: DataSource = None,
+    service: ServiceAddress = None,
+    root: Root = None,
+    n_threads: Threads = None,
+    execution: Where = None,
+    if_done: IfDone = "repeat",
 ) -> Any:
     """Follow a run, live or finished, and analyse each chunk as it is sealed.
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from flows.criteria import read_criteria
 from flows.execution import Execution
 from storage.errors import BadExperiment, BadRecipe
 from storage.models import Model
@@ -240,7 +241,7 @@ class Experiment(Model):
     default_recipe: str | None = Field(None, description="recipe of samples that name none; by default the only one")
     exports: Exports = Field(Exports(), description="files written beside the tables")
     stop: tuple[str, ...] = Field(
-        (), description="when a run has enough, e.g. n_indexed >= 1000, minutes >= 20; kept, nothing acts on it yet"
+        (), description="when a run has enough, e.g. n_indexed >= 1000; kept, nothing acts on it yet"
     )
     retention: Retention = Field(Retention(), description="what is kept, and how long")
     deployment: Deployment = Field(Deployment(), description="where all of it runs")
@@ -409,6 +410,7 @@ def _criteria(values: tuple[str, ...]) -> tuple[str, ...]:
     values = tuple(value.strip() for value in values)
     if not all(values):
         raise ValueError("an empty stop criterion; write one like n_indexed >= 1000, or leave it out")
+    read_criteria(values)
     return values
 
 

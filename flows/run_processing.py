@@ -41,7 +41,8 @@ from tasks.recipe import Recipe, load_recipe
 from tasks.steps import STEPS, BinParams
 
 __all__ = [
-    "OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "new_manifest", "plain_row", "run_processing",
+    "OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "new_manifest",
+    "plain_row", "run_processing",
 ]  # fmt: skip
 
 log = logging.getLogger("nearline.process")

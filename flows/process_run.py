@@ -1,4 +1,4 @@
-"""The Prefect flow that processes a run: `run_processing` with a task per chunk and artifacts to look at.
+"""The Prefect flow that processes a run: `run_processing` with a task per chunk and group of steps, and a page.
 
 Prefect records; it decides nothing. The results are the same without it.
 """

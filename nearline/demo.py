@@ -188,7 +188,7 @@ class _Demo:
 
     def _start_run(self) -> None:
         """The flow first: it waits for the run to begin."""
-        self._say("flow: process-run, one task a chunk")
+        self._say("flow: process-run, one task for each chunk and group of steps")
         self._children.start("flow", self._command("process", *self._process_options()), self._environment)
         if self._settings.real:
             self._say("detector: replaying the files as DECTRIS stream v2")

@@ -118,7 +118,9 @@ def test_who_may_read_reads_all_of_it(guarded, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("experiments", "seen"), [(["lyso"], {"lyso"}), (["*"], {"lyso", "other"}), (["nothing"], set())], ids=str
+    ("experiments", "seen"),
+    [(["lyso"], {"lyso"}), (["*"], {"lyso", "other"}), (["nothing"], set())],
+    ids=["one", "all", "none"],
 )
 def test_lists_show_what_the_token_reaches(guarded, experiments, seen):
     with guarded.connected(guarded.token("read", *experiments)) as connection:

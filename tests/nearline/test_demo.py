@@ -18,10 +18,21 @@ DATA = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "sh
 STILLS = DATA / "thaumatin-pilatus3-6m"
 
 
+def _hear_interrupts() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, tests and their children too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def demo(folder: Path, *options: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "nearline.cli", "demo", "--folder", str(folder), *options]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_hear_interrupts,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
     )
 
 

@@ -292,14 +292,15 @@ def read_deliveries(members: dict[Path, Worker]) -> dict[int, list[Delivery]]:
 def may_come_again(before: Delivery, after: Delivery, service_died_at: float | None) -> str:
     """Why a redelivery is in order: the lease was open, or its acknowledgement under way; empty if it is not."""
     acked_by = None if before.done_at is None else before.done_at + ACK_UNDER_WAY_S
+    if before.life == after.life and after.delivery <= before.delivery:
+        return ""  # it is not even flagged
+    # With its holder, an acknowledgement dies that was not yet sent: so also if a later life gives it out again.
+    if before.killed_at is not None and (acked_by is None or before.killed_at <= acked_by):
+        return "its holder was killed"
     if before.life != after.life:
         # What the service had not yet written down when it was killed.
         is_open = service_died_at is not None and (acked_by is None or service_died_at <= acked_by)
         return "the service was killed" if is_open else ""
-    if after.delivery <= before.delivery:
-        return ""  # it is not even flagged
-    if before.killed_at is not None and (acked_by is None or before.killed_at <= acked_by):
-        return "its holder was killed"
     return "its lease ran out" if after.at - before.at > LEASE_S - BATCH_S else ""
 
 

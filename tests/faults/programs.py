@@ -13,15 +13,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from storage.errors import ProtocolError, StreamNotOpen
+from storage.errors import ProtocolError, ServiceUnavailable, StreamNotOpen
 from storage.frame import blob_digest
 from storage.models import StreamHeader
 from streaming.producer import Producer, RunProducer
-from streaming.retrieval import open_run
+from streaming.retrieval import Run, open_run
 from streaming.service import ServiceSettings, serve_until_signal
 from tests.streaming.harness import blob
 
 __all__ = ["Journal", "consume", "content_of", "produce", "read_journal", "run_logged", "serve"]
+
+_MOST_TRIES = 5
 
 
 class Journal:
@@ -64,12 +66,14 @@ def produce(address: str, header: StreamHeader, name: str, log: Path, stop: Path
         return
     stored = {entry["n"] for entry in said if entry["what"] == "stored"}
     n = next(i for i in range(len(stored) + 1) if i not in stored)
+    n_begun = 1 + max((entry["n"] for entry in said if entry["what"] == "putting"), default=-1)
     with Producer(address, header.experiment, header.data_source, ack="stored", name=name) as producer:
         try:
             out = producer.run(header.run, join=True)
             out.start(header)
-            out._sequence = n  # the n-th frame of this producer is its n-th sending, in all its lives
-            while not stop.exists() or n < max(stored, default=-1) + 1:
+            # All its lives count as one: the n-th frame of this producer is its n-th sending.
+            producer.sender, out._sequence = name, n
+            while not stop.exists() or n < n_begun:
                 _put(out, journal, name, n)
                 n += 1
                 time.sleep(pause_s)
@@ -86,6 +90,7 @@ def produce(address: str, header: StreamHeader, name: str, log: Path, stop: Path
 def _put(out: RunProducer, journal: Journal, name: str, n: int) -> None:
     content = content_of(name, n)
     digest = blob_digest(content).hex()
+    journal.note("putting", n=n)
 
     def settled(future: "Future[int]") -> None:
         if future.exception() is None:
@@ -102,9 +107,19 @@ def content_of(name: str, n: int) -> bytes:
 def consume(address: str, run: str, source: str, group: str, log: Path, lease_s: float) -> None:
     """One member of a group, until the group has all of the stream."""
     journal = Journal(log)
-    stream = open_run(f"{address}/{run}")[source]
+    stream = _open_patiently(f"{address}/{run}")[source]
     for leased in stream.source.follow_group(group, None, lease_s):
         index, digest = leased.frame.info.frame_index, blob_digest(leased.frame.blob).hex()
         journal.note("got", index=index, lease=leased.lease, delivery=leased.delivery, digest=digest)
         journal.note("done", index=index, lease=leased.lease)
     journal.note("end")
+
+
+def _open_patiently(run: str) -> Run:
+    """Open a run of a service that may be down, or busy with its recovery, again and again."""
+    for _ in range(_MOST_TRIES):
+        try:
+            return open_run(run)
+        except ServiceUnavailable:
+            time.sleep(0.1)
+    return open_run(run)

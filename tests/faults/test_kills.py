@@ -328,4 +328,4 @@ def test_a_few_kills(tmp_path):
 @pytest.mark.parametrize("seed", range(16))
 def test_many_kills(tmp_path, seed):
     world = live_through(tmp_path, seed, n_kills=16)
-    assert world.n_mid_seal
+    assert world.service_kills

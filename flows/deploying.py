@@ -25,6 +25,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
@@ -44,11 +45,16 @@ __all__ = [
     "automation_name",
     "default_api",
     "deploy",
+    "flow_run_counts",
+    "prefect_client",
     "undeploy",
 ]
 
 RUN_STARTED = "nearline.run.started"
 _TAG = "nearline"
+_COUNTED = (
+    StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.COMPLETED, StateType.FAILED, StateType.CRASHED
+)  # fmt: skip
 _MARK = "made by nearline deploy"
 _HOME = Path(__file__).resolve().parents[1]
 
@@ -111,7 +117,7 @@ def deploy(experiment: Experiment, api: str | None = None) -> list[Change]:
     BadRecipe, BadExperiment : a sample's recipe cannot be used, or a name is taken by another experiment.
     """
     parameters = flow_parameters(experiment)  # before anything is changed: it reads every recipe
-    with _client(api or api_of(experiment)) as client:
+    with prefect_client(api or api_of(experiment)) as client:
         pools = experiment.deployment.pools
         changes = [_put_pool(client, pool) for pool in (pools.live, pools.reprocess, pools.export)]
         for deployed in FLOWS:
@@ -131,7 +137,7 @@ def undeploy(name: str, api: str) -> list[Change]:
     ------
     ServiceUnavailable : the server does not answer.
     """
-    with _client(api) as client:
+    with prefect_client(api) as client:
         changes = [_remove_automation(client, a) for a in client.read_automations_by_name(automation_name(name))]
         changes += _remove_variable(client, name)
         mine = _deployments_of(client, name)
@@ -425,12 +431,38 @@ def _remove_automation(client: SyncPrefectClient, found: Any) -> Change:
     return Change("automation", found.name, "removed")
 
 
+# ---- flow runs ----------------------------------------------------------------------------------
+
+
+def flow_run_counts(experiment: str, api: str) -> dict[str, int]:
+    """How many flow runs of an experiment there are by state, such as ``{"Running": 1, "Completed": 12}``.
+
+    Raises
+    ------
+    ServiceUnavailable : the server does not answer.
+    """
+    mine = {"tags": {"all_": [_TAG, f"experiment:{experiment}"]}}
+    found = {}
+    with prefect_client(api) as client:
+        for kind in _COUNTED:
+            query = {"flow_runs": {"state": {"type": {"any_": [kind.value]}}}, "deployments": mine}
+            answer = client.request("POST", "/flow_runs/count", json=query)
+            if n_runs := answer.json():
+                found[kind.value.capitalize()] = int(n_runs)
+    return found
+
+
 # ---- the server ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def _client(api: str) -> Iterator[SyncPrefectClient]:
-    """A client of the server at that address, whatever the environment says."""
+def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
+    """A client of the server at that address, whatever the environment says.
+
+    Raises
+    ------
+    ServiceUnavailable : the server does not answer, or refuses.
+    """
     with temporary_settings({PREFECT_API_URL: api}):
         try:
             with get_client(sync_client=True) as client:

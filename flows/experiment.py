@@ -177,6 +177,15 @@ class PrefectServer(Model):
         description="address of its API; by default PREFECT_API_URL, or the server on this machine at port",
     )
     port: int = Field(4200, ge=1, le=65535, description="port of the server that `nearline up` starts on this machine")
+    home: str | None = Field(
+        None, description="folder of that server's database and settings; by default Prefect's own"
+    )
+    database_url: str | None = Field(
+        None,
+        pattern=r"^(postgresql\+asyncpg|sqlite\+aiosqlite)://",
+        description="database of that server, e.g. postgresql+asyncpg://prefect@127.0.0.1/prefect; by default SQLite "
+        "in its home",
+    )
 
 
 class Pool(Model):
@@ -359,6 +368,8 @@ def _with_absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any
     deployment = {"root": "nearline-data"} | deployment
     if isinstance(root := deployment["root"], str) and "://" not in root:
         deployment["root"] = str(folder / Path(root).expanduser())
+    if isinstance(prefect := deployment.get("prefect"), dict) and isinstance(home := prefect.get("home"), str):
+        deployment["prefect"] = prefect | {"home": str(folder / Path(home).expanduser())}
     if isinstance(paths := deployment.get("python_path"), list | tuple):
         deployment["python_path"] = [str(folder / p) if isinstance(p, str) else p for p in paths]
     return content | {"deployment": deployment}

@@ -239,16 +239,17 @@ def _claim_processing(
     run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None
 ) -> tuple[Processing, int]:
     """The unfinished processing with this very recipe and code, or a new one, and the claim on it."""
+    flow_run_id = flow_run[0] if flow_run else None
     while True:
         unfinished = next((one for one in _same(run, stream, recipe) if not one.is_finished), None)
         if unfinished is not None:
-            return unfinished, unfinished.claim()
+            return unfinished, unfinished.claim(flow_run_id)
         number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
         try:
             processing = Processing.create(run.folder, new_manifest(f"p{number}", stream, recipe, flow_run))
         except FileExistsError:
             continue  # somebody else began one just now; if it is the same, it is theirs
-        return processing, processing.claim()
+        return processing, processing.claim(flow_run_id)
 
 
 def new_manifest(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from storage.errors import NearlineError
 
-__all__ = ["ChildFailed", "Children", "free_port"]
+__all__ = ["ChildFailed", "Children", "die_with_parent", "end_group", "free_port"]
 
 _PATIENCE_S = 8.0
 _PR_SET_PDEATHSIG = 1
@@ -41,7 +41,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 env=dict(environment),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         self._running.append((name, process))
         return process
@@ -63,7 +63,7 @@ class Children:
         """End all children, the last started first; those that do not listen are killed."""
         while self._running:
             _, process = self._running.pop()
-            _stop(process)
+            end_group(process)
 
     def process(self, name: str) -> "subprocess.Popen[bytes]":
         """The process of that name."""
@@ -74,7 +74,7 @@ class Children:
         for entry in list(self._running):
             if entry[0] == name:
                 self._running.remove(entry)
-                _stop(entry[1])
+                end_group(entry[1])
 
     def _last_words(self, name: str, n_lines: int = 15) -> str:
         lines = self.log(name).read_text(errors="replace").splitlines()
@@ -88,7 +88,8 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that leads its group, and what is left of the group; one that does not listen is killed."""
     for number, patience in ((signal.SIGTERM, _PATIENCE_S), (signal.SIGKILL, _PATIENCE_S)):
         if not _signal_group(process.pid, number):
             break
@@ -109,7 +110,7 @@ def _signal_group(pid: int, number: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this child when its parent is gone, however that happens (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

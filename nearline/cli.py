@@ -459,7 +459,7 @@ app.add_typer(token_commands.app, name="token")
 reprocess_commands.add_to(app)
 app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
-app.command("relay")(automation_commands.relay)
+automation_commands.register(app)
 
 
 @catalog_app.command("rebuild")

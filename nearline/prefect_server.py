@@ -4,12 +4,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from storage.errors import ServiceUnavailable
 
-__all__ = ["is_healthy", "server_environment", "wait_until_healthy"]
+__all__ = ["client_environment", "is_healthy", "server_environment", "wait_until_healthy"]
 
 # Batches and short polls: the defaults record a task seconds after it has ended and look for
 # new work every ten.
@@ -28,16 +28,26 @@ _SETTINGS = {
 }
 
 
-def server_environment(home: Path, port: int) -> dict[str, str]:
-    """Environment of a server on that port, and of programs that use it; ``home`` keeps its database."""
+def server_environment(home: Path | None, port: int, database_url: str | None = None) -> dict[str, str]:
+    """Environment of a server on that port, and of programs that use it.
+
+    Parameters
+    ----------
+    home : folder of its database and settings; None for Prefect's own.
+    database_url : as SQLAlchemy writes it; None for SQLite in ``home``.
+    """
     address = f"http://127.0.0.1:{port}"
-    return {
-        **os.environ,
-        **_SETTINGS,
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": f"{address}/api",
-        "PREFECT_UI_URL": address,
-    }
+    places = {"PREFECT_HOME": home, "PREFECT_SERVER_DATABASE_CONNECTION_URL": database_url}
+    return client_environment(f"{address}/api") | {"PREFECT_UI_URL": address} | _given(places)
+
+
+def client_environment(api: str) -> dict[str, str]:
+    """Environment of programs that use the server at that address."""
+    return {**os.environ, **_SETTINGS, "PREFECT_API_URL": api}
+
+
+def _given(places: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in places.items() if value is not None}
 
 
 def wait_until_healthy(port: int, timeout: float, check: Callable[[], None]) -> None:

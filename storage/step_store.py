@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from storage.agents import publish_environment, this_agent
 from storage.errors import BadRecipe, DamagedOutput, ProcessingBusy, RunNotFound
@@ -29,13 +31,14 @@ from storage.models import Record
 from storage.names import check_name
 from storage.table_digest import table_digest
 
-__all__ = ["ChunkManifest", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
+__all__ = ["ChunkManifest", "Claimant", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
 
 log = logging.getLogger("nearline.steps")
 
 Tables = Mapping[str, pa.Table]
 
 _PARQUET_ENDS = b"PAR1"
+_CLAIM_PATIENCE_S = 0.2
 # Outputs that this process has made last: who makes one mostly reads it next.
 _KEEP_RECENT = 8
 _recent: OrderedDict[Path, dict[str, pa.Table]] = OrderedDict()
@@ -190,6 +193,19 @@ class Manifest(Record):
     part: tuple[int, int] | None = Field(None, description="of a canary: frames [start, stop); None for the whole run")
 
 
+class Claimant(Record):
+    """The process that works on a processing."""
+
+    pid: int
+    host: str
+    flow_run_id: str | None = None
+    since: datetime
+
+    def __str__(self) -> str:
+        flow_run = f", flow run {self.flow_run_id}" if self.flow_run_id else ""
+        return f"pid {self.pid} on {self.host}{flow_run}"
+
+
 class Processing:
     """One processing of a run: ``processed/<id>/``."""
 
@@ -229,27 +245,60 @@ class Processing:
         content = summary | {"finished_at": datetime.now(UTC).isoformat()}
         replace(self.folder / "summary.json", json.dumps(content, indent=1, default=str).encode())
 
-    def claim(self) -> int:
+    def claim(self, flow_run_id: str | None = None) -> int:
         """Become the one process that works on this; the claim ends with the process (or `os.close`).
+
+        Parameters
+        ----------
+        flow_run_id : of the Prefect flow run that works on it, for whoever asks `claimed_by`.
 
         Raises
         ------
         ProcessingBusy : somebody else has it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.folder / "claim", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            who = os.pread(fd, 200, 0).decode(errors="replace")
+        fd = os.open(self._claim_path, os.O_CREAT | os.O_RDWR, 0o644)
+        if not _lock_soon(fd):
             os.close(fd)
+            who = self.claimed_by
             raise ProcessingBusy(
                 f"processing {self.name} of {self.run} is being worked on by {who or 'another process'}; "
                 "wait for it, or process with another recipe"
-            ) from None
+            )
+        claimant = Claimant(
+            pid=os.getpid(), host=socket.gethostname(), flow_run_id=flow_run_id, since=datetime.now(UTC)
+        )
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()}".encode(), 0)
+        os.pwrite(fd, claimant.model_dump_json().encode(), 0)
         return fd
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a process works on it now."""
+        try:
+            fd = os.open(self._claim_path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            # Shared: of two that ask at once, neither is taken for a worker.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    @property
+    def claimed_by(self) -> "Claimant | None":
+        """Who works on it, or worked on it last; None if nobody ever did, or said so."""
+        try:
+            return Claimant.model_validate_json(self._claim_path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    @property
+    def _claim_path(self) -> Path:
+        return self.folder / "claim"
 
     def add_chunk(self, chunk: ChunkManifest) -> None:
         """Record a chunk as done."""
@@ -302,6 +351,20 @@ class Processing:
 
     def _chunk_path(self, number: int) -> Path:
         return self.folder / "chunks" / f"{number:05d}.json"
+
+
+def _lock_soon(fd: int) -> bool:
+    """Take the lock; somebody who only asks whether it is taken has it for a moment."""
+    deadline = time.monotonic() + _CLAIM_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 def join_frames(tables: list[pa.Table | None]) -> pa.Table:

@@ -10,3 +10,9 @@ def who_works(chunk):
     """The process that works on each frame; slow enough for two to be at it."""
     time.sleep(0.5)
     return {"pid": np.full(len(chunk), os.getpid())}
+
+
+def slowly(chunk):
+    """Takes two seconds, in which whoever works on it can be killed."""
+    time.sleep(2.0)
+    return {"n_rows": np.full(len(chunk), len(chunk))}

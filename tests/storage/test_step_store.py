@@ -1,6 +1,7 @@
 """Outputs of steps are there or not, never half; a processing has one worker."""
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -107,3 +108,38 @@ def test_a_damaged_output_counts_as_not_computed(tmp_path, damage):
     assert steps.load("abc") is None
     steps.save("abc", {}, TABLES)
     assert steps.load("abc") == TABLES
+
+
+def test_who_works_on_a_processing_can_be_asked(tmp_path):
+    processing = Processing(tmp_path, "p1")
+    assert not processing.is_claimed
+    assert processing.claimed_by is None
+    claim = processing.claim("0123")
+    assert processing.is_claimed
+    assert processing.claimed_by.pid == os.getpid()
+    assert processing.claimed_by.flow_run_id == "0123"
+    with pytest.raises(ProcessingBusy, match=f"pid {os.getpid()} on .*flow run 0123"):
+        Processing(tmp_path, "p1").claim()
+    os.close(claim)
+    assert not processing.is_claimed
+
+
+def test_asking_does_not_keep_anybody_from_claiming(tmp_path):
+    processing = Processing(tmp_path, "p1")
+    os.close(processing.claim())
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            processing.is_claimed  # noqa: B018
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    try:
+        for _ in range(50):
+            os.close(Processing(tmp_path, "p1").claim())
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()

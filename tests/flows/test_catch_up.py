@@ -1,0 +1,157 @@
+"""Catching up against a real Prefect server: runs that nobody started, flow runs whose process is gone."""
+
+import os
+import subprocess
+import sys
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect.client.schemas.objects import StateType
+from prefect.states import Cancelled, Failed, Running
+
+from flows.catch_up import CatchUp
+from flows.deploying import deploy, prefect_client, undeploy
+from flows.experiment import Experiment, load_experiment
+from flows.run_processing import ProcessRequest, run_processing
+from storage.errors import DeploymentNotFound, ServiceUnavailable
+from storage.step_store import Processing
+
+NAME = "lyso"
+NOBODY = "tcp://127.0.0.1:9"
+
+
+@pytest.fixture
+def deployed(prefect_server, simulated_run, tmp_path):
+    """An experiment with one finished run that nobody has processed; and the address of the server."""
+    simulated_run.copy_to(tmp_path / "data")
+    path = tmp_path / "experiment.yaml"
+    pools = {role: {"name": f"catch-up-{role}"} for role in ("live", "reprocess", "export")}
+    content = {
+        "experiment": NAME, "beamline": "I24", "recipes": {"r": {"steps": [{"use": "find_peaks"}]}},
+        "deployment": {"root": "data", "pools": pools, "service": {"address": NOBODY}},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
+    experiment, api = load_experiment(path), f"http://127.0.0.1:{prefect_server.port}/api"
+    deploy(experiment, api)
+    yield experiment, api
+    with prefect_client(api) as client:
+        for flow_run in client.read_flow_runs():
+            if flow_run.deployment_id is not None and "catch-up" in (flow_run.tags or []):
+                client.delete_flow_run(flow_run.id)
+    undeploy(NAME, api)
+
+
+def catch_up(experiment: Experiment, api: str) -> list:
+    return CatchUp(experiment, api, patience_s=0).look()
+
+
+def read(api: str, flow_run_id: str):
+    with prefect_client(api) as client:
+        return client.read_flow_run(UUID(flow_run_id))
+
+
+def pretend(api: str, flow_run_id: str, state, pid: int | None = None) -> None:
+    """Say of a flow run what its worker would have said."""
+    with prefect_client(api) as client:
+        client.set_flow_run_state(UUID(flow_run_id), state, force=True)
+        if pid is not None:
+            client.update_flow_run(UUID(flow_run_id), infrastructure_pid=str(pid))
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_run_that_nobody_processed_is_started_once(deployed):
+    experiment, api = deployed
+    (deed,) = catch_up(experiment, api)
+    assert (deed.run, deed.action, deed.why) == ("lyso/1", "started", "nobody has processed it")
+    flow_run = read(api, deed.flow_run_id)
+    assert flow_run.parameters["run"] == "lyso/1"
+    assert flow_run.work_pool_name == "catch-up-reprocess", "an old run does not stand before live ones"
+    assert {"experiment:lyso", "catch-up"} <= set(flow_run.tags)
+    assert catch_up(experiment, api) == [], "it waits for a worker"
+
+
+def test_a_processed_run_is_left_alone(deployed):
+    experiment, api = deployed
+    recipe = {"steps": [{"use": "find_peaks"}]}
+    run_processing(ProcessRequest(run=str(experiment.root / "lyso" / "1"), recipe=recipe))
+    assert catch_up(experiment, api) == []
+
+
+def test_a_run_that_somebody_works_on_is_left_alone(deployed):
+    experiment, api = deployed
+    run = experiment.root / "lyso" / "1"
+    recipe = {"steps": [{"use": "find_peaks"}]}
+    summary = run_processing(ProcessRequest(run=str(run), recipe=recipe))
+    processing = Processing(run, summary["processing"])
+    (processing.folder / "summary.json").unlink()  # as if it were under way
+    claim = processing.claim()
+    assert catch_up(experiment, api) == []
+    os.close(claim)
+    assert [deed.action for deed in catch_up(experiment, api)] == ["started"]
+
+
+def test_a_flow_run_whose_process_is_gone_is_ended_and_its_run_started_anew(deployed):
+    experiment, api = deployed
+    (first,) = catch_up(experiment, api)
+    pretend(api, first.flow_run_id, Running(), dead_pid())
+    ended, started = catch_up(experiment, api)
+    assert (ended.action, started.action) == ("ended", "started")
+    assert read(api, first.flow_run_id).state.type is StateType.CRASHED
+    assert "is gone" in read(api, first.flow_run_id).state.message
+    assert started.flow_run_id != first.flow_run_id
+    assert "ended as Crashed" in started.why
+
+
+def test_a_flow_run_at_work_is_left_alone(deployed):
+    experiment, api = deployed
+    (first,) = catch_up(experiment, api)
+    environment = os.environ | {"PREFECT__FLOW_RUN_ID": first.flow_run_id}
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environment)
+    try:
+        pretend(api, first.flow_run_id, Running(), process.pid)
+        assert catch_up(experiment, api) == []
+        # The same number, but another program: the machine was started anew.
+        other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        pretend(api, first.flow_run_id, Running(), other.pid)
+        assert [deed.action for deed in catch_up(experiment, api)] == ["ended", "started"]
+        other.communicate(b"\n")
+    finally:
+        process.communicate(b"\n")
+
+
+def test_what_somebody_cancelled_stays_so(deployed):
+    experiment, api = deployed
+    (first,) = catch_up(experiment, api)
+    pretend(api, first.flow_run_id, Cancelled())
+    work = CatchUp(experiment, api, patience_s=0)
+    (deed,) = work.look()
+    assert deed.action == "left"
+    assert "cancelled" in deed.why
+    assert work.look() == [], "it is said once"
+
+
+def test_what_fails_again_and_again_is_left_to_people(deployed):
+    experiment, api = deployed
+    for _ in range(3):
+        (deed,) = catch_up(experiment, api)
+        assert deed.action == "started"
+        pretend(api, deed.flow_run_id, Failed(message="no such mask"))
+    (deed,) = catch_up(experiment, api)
+    assert deed.action == "left"
+    assert "failed 3 times" in deed.why
+
+
+def test_an_experiment_that_is_not_deployed_is_named(deployed):
+    experiment, api = deployed
+    undeploy(NAME, api)
+    with pytest.raises(DeploymentNotFound, match="nearline deploy"):
+        catch_up(experiment, api)
+    with pytest.raises(ServiceUnavailable, match="does not answer"):
+        catch_up(experiment, "http://127.0.0.1:9/api")
+    deploy(experiment, api)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import analysis, codec, live, read, report, small, stall, store, wire
+from benchmarks import analysis, codec, flow, live, read, report, small, stall, store, wire
 from benchmarks.frames import Options
 from benchmarks.measure import Figure
 
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Options], list[Figure]]] = {
     "stall": stall.measure,
     "analysis": analysis.measure,
     "live": live.measure,
+    "flow": flow.measure,
 }
 # What takes minutes each, or tens of gigabytes of disk: by name, or all of it with --full.
 LONG: dict[str, Callable[[Options], list[Figure]]] = {
@@ -30,6 +31,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "wire-16M-60s": wire.measure_large_long,
     "stall-10GB": stall.measure_long,
     "analysis-sizes": analysis.measure_sizes,
+    "flow-30min": flow.measure_long,
 }
 BUILD = Path(__file__).parents[1] / "build" / "bench"
 log = logging.getLogger("benchmarks")

@@ -1,0 +1,206 @@
+"""What Prefect costs: `process_run` beside `run_processing` on the same chunks, and a live flow of half an hour."""
+
+import json
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from benchmarks.analysis import recipe_for
+from benchmarks.frames import EXPERIMENT, FrameSet, Options, WorkFolder, stored_run
+from benchmarks.measure import Figure, Target, figure, in_rounds
+from flows.process_run import process_run
+from flows.run_processing import ProcessRequest, run_processing
+from nearline.children import Children, free_port
+from nearline.prefect_server import server_environment, wait_until_healthy
+from storage.run_folder import RunFolder
+from storage.step_store import find_processings
+
+__all__ = ["measure", "measure_long"]
+
+log = logging.getLogger("benchmarks")
+
+# Seconds of detector time in a chunk, by default.
+CHUNK_S = 2.0
+_FRAMES_PER_CHUNK = 10
+_MOST_SHARE = 5.0
+_LIVE_RATE = 20
+_SAMPLE_S = 5.0
+# Caches fill and pages are touched before that.
+_WARM_SHARE = 0.25
+_STARTING_S = 180.0
+
+
+def measure(options: Options) -> list[Figure]:
+    """Time per chunk with tasks, states and artifacts, less the time without, as a share of a chunk's length.
+
+    Frames are small and few: what Prefect does for a chunk does not depend on them.
+    """
+    n_chunks = options.choose(5, 30)
+    frames = FrameSet.make("512", 32)
+    recipe = recipe_for(frames).model_dump(mode="json")
+    extra, of_processor, of_server, plain = [], [], [], []
+    with WorkFolder(options, "flow") as root, _prefect_server(root) as server:
+        for number in in_rounds(options.choose(2, 6)):
+            by_kind = {}
+            for kind in ("plain", "flow") if number % 2 else ("flow", "plain"):
+                folder = _new_run(root, frames, n_chunks)
+                by_kind[kind] = _timed(kind, folder, recipe, server)
+            if number == 0:  # kernels are compiled, modules imported
+                continue
+            flow, alone = by_kind["flow"], by_kind["plain"]
+            extra.append(1e3 * (flow.wall_s - alone.wall_s) / n_chunks)
+            of_processor.append(1e3 * (flow.cpu_s - alone.cpu_s) / n_chunks)
+            of_server.append(1e3 * flow.server_cpu_s / n_chunks)
+            plain.append(1e3 * alone.wall_s / n_chunks)
+    share = [ms / (10 * CHUNK_S) for ms in extra]
+    return [
+        figure(
+            "Prefect's share of a live flow, 2 s chunks",
+            "%",
+            share,
+            higher_is_better=False,
+            target=Target("at most", _MOST_SHARE),
+        ),
+        figure(
+            "process-run beside run_processing, per chunk",
+            "ms",
+            extra,
+            ("the chunk without Prefect", plain),
+            higher_is_better=False,
+        ),
+        figure("of it processor time of the flow", "ms", of_processor, higher_is_better=False),
+        figure("processor time of the Prefect server, per chunk", "ms", of_server, higher_is_better=False),
+    ]
+
+
+def measure_long(options: Options) -> list[Figure]:
+    """Half an hour of a live run in chunks of 2 s through service and flow: does memory or lag grow?"""
+    seconds = options.choose(60, 1800)
+    with WorkFolder(options, "flow-30min") as root, _prefect_server(root) as server:
+        samples = list(_live_flow(root, server, seconds))
+    warm = samples[int(_WARM_SHARE * len(samples)) :]
+    half = len(warm) // 2
+    memory = [s.memory_mib for s in warm]
+    growth = statistics.median(memory[half:]) - statistics.median(memory[:half])
+    lag = [float(s.lag_chunks) for s in warm]
+    later = statistics.mean(lag[half:]) - statistics.mean(lag[:half])
+    small, none = Target("at most", 20.0), Target("at most", 1.0)
+    n_done, minutes = float(samples[-1].n_done), seconds / 60
+    return [
+        figure(f"chunks of a live flow of {minutes:g} min", "chunks", [n_done], higher_is_better=True),
+        figure("memory of the flow process", "MiB", memory, higher_is_better=False),
+        figure("its growth, second half less first", "MiB", [growth], higher_is_better=False, target=small),
+        figure("chunks sealed and not processed yet", "chunks", lag, higher_is_better=False, target=none),
+        figure("their growth, second half less first", "chunks", [later], higher_is_better=False),
+    ]
+
+
+# ---- one processing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Spent:
+    wall_s: float
+    cpu_s: float
+    server_cpu_s: float
+
+
+def _new_run(root: Path, frames: FrameSet, n_chunks: int) -> Path:
+    """A run that nobody has processed; a processed one would find its results again."""
+    shutil.rmtree(root / EXPERIMENT, ignore_errors=True)
+    return stored_run(root, frames, 1, n_chunks * _FRAMES_PER_CHUNK, _FRAMES_PER_CHUNK).path
+
+
+def _timed(kind: str, folder: Path, recipe: dict[str, Any], server: "_Server") -> _Spent:
+    before, cpu, of_server = time.perf_counter(), time.process_time(), server.cpu_s()
+    if kind == "plain":
+        run_processing(ProcessRequest(run=str(folder), recipe=recipe))
+    else:
+        with temporary_settings({PREFECT_API_URL: server.api}):
+            process_run(str(folder), recipe)
+    return _Spent(time.perf_counter() - before, time.process_time() - cpu, server.cpu_s() - of_server)
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A Prefect server of our own."""
+
+    api: str
+    environment: dict[str, str]
+    process: psutil.Process
+    children: Children
+
+    def cpu_s(self) -> float:
+        """Processor time that it and its children have used, s."""
+        return sum(sum(p.cpu_times()[:2]) for p in (self.process, *self.process.children(recursive=True)))
+
+
+@contextmanager
+def _prefect_server(root: Path) -> Iterator[_Server]:
+    port = free_port()
+    environment = server_environment(root / "prefect", port)
+    children = Children(root / "logs")
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    try:
+        process = psutil.Process(children.start("prefect", command, environment).pid)
+        wait_until_healthy(port, 120, lambda: children.check("prefect"))
+        yield _Server(environment["PREFECT_API_URL"], environment, process, children)
+    finally:
+        children.stop_all()
+
+
+# ---- a live flow --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """memory_mib : of the flow process and its children. lag_chunks : sealed and not processed."""
+
+    n_done: int
+    lag_chunks: int
+    memory_mib: float
+
+
+def _live_flow(root: Path, server: _Server, seconds: int) -> Iterator[_Sample]:
+    data, detector, service = root / "data", *(f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    recipe = root / "recipe.json"
+    recipe.write_text(json.dumps(recipe_for(FrameSet.make("512", 32)).model_dump(mode="json")))
+    cli, start = "nearline.cli", server.children.start
+    start("service", [cli, "serve", "--root", str(data), "--bind", service, "--source", f"eiger={detector}",
+                      "--experiment", EXPERIMENT], server.environment)  # fmt: skip
+    n_frames = seconds * _LIVE_RATE
+    start("detector", [cli, "simulate", "--bind", detector, "--size", "512", "--rate", str(_LIVE_RATE), "--frames",
+                       str(n_frames), "--hit-fraction", "0.3", "--experiment", EXPERIMENT], os.environ)  # fmt: skip
+    flow = start("flow", [cli, "process", f"{EXPERIMENT}/1", "--service", service, "--wait", str(int(_STARTING_S)),
+                          "--recipe", str(recipe), "--prefect"], server.environment)  # fmt: skip
+    deadline = time.monotonic() + 2 * seconds + _STARTING_S
+    folder = data / EXPERIMENT / "1"
+    while flow.poll() is None and time.monotonic() < deadline:
+        time.sleep(_SAMPLE_S)
+        if flow.poll() is None and (sample := _sample(folder, psutil.Process(flow.pid))) is not None:
+            log.info("%s", sample)
+            yield sample
+    if flow.returncode != 0:
+        raise RuntimeError(f"the flow ended with {flow.returncode}:\n{server.children.log('flow').read_text()[-3000:]}")
+    for name in ("detector", "service"):
+        server.children.stop(name)
+
+
+def _sample(folder: Path, flow: psutil.Process) -> _Sample | None:
+    processings = find_processings(folder)
+    if not processings:
+        return None
+    n_sealed = len(RunFolder.open(folder).stream("eiger").commits())
+    n_done = sum(1 for p in processings.values() for _ in (p.folder / "chunks").glob("[0-9]*.json"))
+    memory = sum(p.memory_info().rss for p in (flow, *flow.children(recursive=True)))
+    return _Sample(n_done, n_sealed - n_done, memory / (1 << 20))

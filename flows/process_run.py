@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
-from prefect.states import Completed, State
+from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 
 from flows.execution import Execution, Executor, Promise, dask_cluster
 from flows.experiment import RECIPE_PREFIX, resolve_recipe
@@ -98,7 +99,7 @@ def process_run(
 
 
 def _task_run_name() -> str:
-    given = runtime.task_run.parameters
+    given = {name: getattr(value, "value", value) for name, value in runtime.task_run.parameters.items()}
     commit = given["job"].commit
     return f"{given['group'].name} {given['run']} chunk {commit.chunk}: frames {commit.start} to {commit.stop - 1}"
 
@@ -134,34 +135,28 @@ class _TaskExecutor:
         self._runner, self._limit = runner, limit
 
     def submit(self, job: ChunkJob) -> Promise:
-        name = _run_name(job)
+        # Prefect finds what a task depends on by the identity of its parameters, which a chunk's may have inherited
+        # from values that are gone: only what a group takes from the one before it is looked at.
+        fixed = {"run": quote(_run_name(job)), "job": quote(job), "limit": quote(self._limit)}
         promise: Any = None
         for group in job.groups:
-            given = {"run": name, "job": job, "group": group, "limit": self._limit, "before": promise}
+            given = fixed | {"group": quote(group), "before": promise}
             if self._runner is None:
-                promise = _value_of(_steps_task(**given))
+                promise = _steps_task(**given, return_state=True)
             else:
                 promise = self._runner.submit(_steps_task, parameters=given)
-        return _Kept(promise or {}) if self._runner is None else promise
+        return promise if promise is not None else _Nothing()
 
     def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
         done: Any = _export_task(run, commit.chunk, commit.start, commit.stop - 1, work)
         return cast(T, done)
 
 
-def _value_of(given: Any) -> Any:
-    """What a task that was called here has given; one that says how it ended gives its state."""
-    return given.result() if isinstance(given, State) else given
+class _Nothing:
+    """What no group at all has taken."""
 
-
-class _Kept:
-    """What a task has given that has run already."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def result(self) -> Any:
-        return self._value
+    def result(self) -> dict[str, float]:
+        return {}
 
 
 @contextmanager

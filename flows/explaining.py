@@ -18,6 +18,7 @@ from storage.shard import ShardReader
 from storage.states import READABLE, FrameState
 from storage.step_store import ChunkManifest, Processing, StepStore
 from storage.stream_source import FolderSource
+from storage.veto import veto_of
 from streaming.retrieval import Run
 
 __all__ = ["WITNESSES", "Explanation", "FrameBytes", "StepFacts", "Witness", "chunk_of", "explain", "key_of", "rows_of"]
@@ -73,7 +74,20 @@ class Explanation(Record):
 
 # Who knows why a frame is not there any more: (folder, data source, frame) to words, or None.
 Witness = Callable[[RunFolder, str, int], str | None]
-WITNESSES: list[Witness] = []
+
+
+def _by_veto(folder: RunFolder, data_source: str, frame: int) -> str | None:
+    """What took a frame that nobody wanted; nothing is said of one that is still there."""
+    veto = veto_of(folder, data_source, frame)
+    if veto is None or veto.stage == "marked":
+        return None
+    return (
+        f"frame {frame} ({veto.size_bytes:,} bytes, digest {veto.digest}) was vetoed {veto.plan.cause}; "
+        f"it is gone since {veto.at:%Y-%m-%d %H:%M:%S} UTC"
+    )
+
+
+WITNESSES: list[Witness] = [_by_veto]
 
 
 def explain(

@@ -17,6 +17,7 @@ from nearline import (
     automation_commands,
     experiment_commands,
     group_commands,
+    provenance_commands,
     reprocess_commands,
     show,
     token_commands,
@@ -460,6 +461,7 @@ reprocess_commands.add_to(app)
 app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
 automation_commands.register(app)
+provenance_commands.register(app)
 
 
 @catalog_app.command("rebuild")
@@ -476,9 +478,11 @@ def rebuild_catalog(
     with show.StageBars(errors) as bars:
         rebuilt = index.rebuild(root.absolute(), lambda done, total: bars.update("runs", done, total))
     index.close()
+    with show.StageBars(errors) as bars:
+        n_known = provenance_commands.rebuild(root, catalog, lambda done, total: bars.update("provenance", done, total))
     for why in rebuilt.left_out:
         errors.print(f"left out: {why}", highlight=False, soft_wrap=True)
-    console.print(f"{rebuilt.n_runs} runs in the catalog of {root}")
+    console.print(f"{rebuilt.n_runs} runs in the catalog of {root}, {n_known} with their provenance")
 
 
 @app.command()

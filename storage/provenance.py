@@ -365,7 +365,8 @@ def _export_records(
         yield Relation(kind="used", subject=me, object=step)
     for name, place in files.items():
         path = Path(place)
-        where = str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+        base = run.absolute()
+        where = str(path.absolute().relative_to(base)) if path.absolute().is_relative_to(base) else str(path)
         size = path.stat().st_size if path.exists() else None
         digest = _file_digest(path) if digests and size is not None else ""
         yield Entity(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import analysis, codec, flow, live, read, report, small, stall, store, wire
+from benchmarks import analysis, catalysis_loop, codec, flow, live, read, report, small, stall, store, wire
 from benchmarks.frames import Options
 from benchmarks.measure import Figure
 
@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[Options], list[Figure]]] = {
     "analysis": analysis.measure,
     "live": live.measure,
     "flow": flow.measure,
+    "catalysis-loop": catalysis_loop.measure,
 }
 # What takes minutes each, or tens of gigabytes of disk: by name, or all of it with --full.
 LONG: dict[str, Callable[[Options], list[Figure]]] = {

@@ -21,6 +21,7 @@ from flows.charts import as_image, histogram, lines
 from flows.markdown_page import MarkdownPage
 from flows.run_processing import Progress
 from flows.run_warnings import ChunkFigures, warnings_of
+from flows.step_columns import StepColumns
 from storage.step_store import ChunkManifest, Processing, StepStore
 from streaming.retrieval import Run
 from tasks.recipe import Recipe
@@ -57,11 +58,14 @@ class RunPage:
         # Below: the thread's own.
         self._figures: list[ChunkFigures] = []
         self._values: dict[str, list[np.ndarray]] = {}
+        self._columns = StepColumns()
         self._pictures: dict[Path, str] = {}
 
     def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
         self._title = f"{run.name} · {processing.name} · {recipe.name}"
         self._run, self._store = run, StepStore(run.folder)
+        self._own_steps = [spec.name for spec in recipe.steps if ":" in spec.use]
+        self._finds_peaks = any(spec.use == "find_peaks" for spec in recipe.steps)
         self._page = MarkdownPage(f"{run.name}-{processing.name}", f"the page of {self._title}")
         self._started = time.monotonic()
         # In a copy of our context: that is how the server knows which flow run the page belongs to.
@@ -105,6 +109,10 @@ class RunPage:
 
     def _take_in(self, chunk: ChunkManifest, lag: int) -> None:
         """Remember of a chunk what the page shows."""
+        for name in self._own_steps:
+            frames = self._store.read(chunk.steps[name], "frames")
+            if frames is not None:
+                self._columns.take_in(frames)
         tables = {name: self._table(chunk, name) for name in ("crystals", "crystal_quality")}
         crystals, quality = tables["crystals"], tables["crystal_quality"]
         if crystals is not None:
@@ -134,7 +142,13 @@ class RunPage:
     # ---- the text -----------------------------------------------------------------------------
 
     def _text(self, progress: Progress | None, summary: dict[str, Any] | None) -> str:
-        parts = [f"# {self._title}", self._how_far(progress, summary), self._warnings(), self._charts()]
+        parts = [
+            f"# {self._title}",
+            self._how_far(progress, summary),
+            self._warnings(),
+            self._charts(),
+            self._own_columns(),
+        ]
         if progress is not None and progress.pictures:
             parts.append("## Examples\n\n" + "\n".join(self._picture(path) for path in progress.pictures))
         parts.append(self._files(summary))
@@ -144,10 +158,11 @@ class RunPage:
         if progress is None:
             return "no frames" if summary is not None else "waiting for the first chunk"
         totals, seconds = progress.totals, time.monotonic() - self._started
-        lines_ = [
-            f"**{totals.frames}** frames · **{totals.hits}** hits, **{100 * totals.hit_rate:.1f} %** of frames · "
-            f"**{totals.indexed}** indexed, **{100 * totals.indexing_rate:.1f} %** of hits",
-        ]
+        hits = (
+            f" · **{totals.hits}** hits, **{100 * totals.hit_rate:.1f} %** of frames · "
+            f"**{totals.indexed}** indexed, **{100 * totals.indexing_rate:.1f} %** of hits"
+        )
+        lines_ = [f"**{totals.frames}** frames{hits if self._seeks_hits else ''}"]
         if summary is not None:
             lines_.insert(0, f"`{_bar(1.0)}` finished after {summary['seconds']:.1f} s")
         elif progress.planned:
@@ -158,7 +173,16 @@ class RunPage:
         return "\n\n".join(lines_)
 
     def _warnings(self) -> str:
-        return "\n".join(f"> **Look:** {text}\n" for text in warnings_of(self._figures))
+        return "\n".join(f"> **Look:** {text}\n" for text in warnings_of(self._figures, seeks_hits=self._seeks_hits))
+
+    @property
+    def _seeks_hits(self) -> bool:
+        """Whether a step tells hits from other frames: ours, or a user's with such a column."""
+        return self._finds_peaks or "hit" in self._columns
+
+    def _own_columns(self) -> str:
+        charts = self._columns.charts()
+        return f"## Columns of {', '.join(self._own_steps)}\n\n{charts}" if charts else ""
 
     def _charts(self) -> str:
         if not self._figures:
@@ -169,10 +193,10 @@ class RunPage:
             "indexed/hits": [_percent(c.n_indexed, c.n_hits) for c in self._figures],
         }
         lags = {"lag": [float(c.lag_frames) for c in self._figures]}
-        images = [
-            as_image(lines(middle, rates, title="rates, %", x_label="frame", highest=100.0), "rates over frames"),
-            as_image(lines(middle, lags, title="lag, frames", x_label="frame"), "lag over frames"),
-        ]
+        images = [as_image(lines(middle, lags, title="lag, frames", x_label="frame"), "lag over frames")]
+        if self._seeks_hits:
+            chart = lines(middle, rates, title="rates, %", x_label="frame", highest=100.0)
+            images.insert(0, as_image(chart, "rates over frames"))
         if "a" in self._values:
             values = self._newest("resolution")
             images.append(as_image(histogram(values, title="resolution, Å", x_label="Å"), "resolution of crystals"))

@@ -30,11 +30,14 @@ class ChunkFigures:
     n_saturated: int = 0
 
 
-def warnings_of(chunks: Sequence[ChunkFigures]) -> list[str]:
-    """Sentences on what is odd about the newest chunks; none if nothing is."""
+def warnings_of(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> list[str]:
+    """Sentences on what is odd about the newest chunks; none if nothing is.
+
+    seeks_hits : whether any step tells hits from other frames; if none does, their absence is not odd.
+    """
     if not chunks:
         return []
-    found = [_blank(chunks), *_jumps(chunks), _lag(chunks), _saturation(chunks), _lost(chunks)]
+    found = [_blank(chunks) if seeks_hits else "", *_jumps(chunks), _lag(chunks), _saturation(chunks), _lost(chunks)]
     return [text for text in found if text]
 
 

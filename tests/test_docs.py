@@ -31,12 +31,15 @@ DOCS = [
         ROOT / "CHANGELOG.md",
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("deployments/*.md"),
+        *ROOT.glob("examples/**/*.md"),
     )
     if p.exists()
 ]
 PACKAGES = ("nearline", "flows", "tasks", "streaming", "storage")
 # Made by running something: named in documents, but not in the repository.
 GENERATED = ("build/", ".venv/")
+# Their snippets need the run of their own example; they are executed in tests/examples.
+EXAMPLES = ROOT / "examples"
 
 
 def name_of(path: Path) -> str:
@@ -81,9 +84,9 @@ def test_files_named_exist(path: Path) -> None:
 
 @functools.cache
 def names_in_code() -> frozenset[str]:
-    """Every class, function, constant and field of the packages."""
+    """Every class, function, constant and field of the packages and examples."""
     found: set[str] = set()
-    for package in PACKAGES:
+    for package in (*PACKAGES, "examples"):
         for source in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(source.read_text())):
                 if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -266,7 +269,7 @@ def beamline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("path", [p for p in DOCS if fenced(p, "python")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in DOCS if fenced(p, "python") and EXAMPLES not in p.parents], ids=name_of)
 def test_python_snippets_run(path: Path, beamline: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(beamline)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

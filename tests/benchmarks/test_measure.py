@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import codec, read, report, small, stall, store, wire
+from benchmarks import catalysis_loop, codec, read, report, small, stall, store, wire
 from benchmarks.frames import FrameSet, Options
 from benchmarks.measure import Target, absent, figure, in_rounds, interleave, percentile
 
@@ -69,7 +69,9 @@ def test_percentile_is_one_of_the_values(percent, expected):
     assert percentile(range(100, 0, -1), percent) == expected
 
 
-@pytest.mark.parametrize("benchmark", [codec, store, read, wire, small, stall], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [codec, store, read, wire, small, stall, catalysis_loop], ids=lambda module: module.__name__
+)
 def test_a_quick_benchmark_gives_figures_that_can_be_written(benchmark, tmp_path):
     figures = benchmark.measure(Options(tmp_path, size="512", quick=True))
     assert figures

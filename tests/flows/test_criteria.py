@@ -2,6 +2,7 @@
 
 import contextlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,20 @@ from storage.errors import BadCriterion
 )
 def test_meaning(text, values, is_met):
     assert read_criterion(text).is_met({Quantity(name): value for name, value in values.items()}) is is_met
+
+
+def test_columns_of_own_steps_are_aggregated_and_judged():
+    """As for a catalysis run: what a user's step fitted, with one shot whose fit failed."""
+    criterion = read_criterion("max(fraction_reduced) >= 0.95 and median(chi2_red) < 2 and std(chi2_red) < 1")
+    columns = {"fraction_reduced": [0.2, 0.6, np.nan, 0.96], "chi2_red": [1.0, 1.1, np.nan, 0.9]}
+
+    def values(n: int) -> dict[Quantity, float | None]:
+        shots = {name: np.array(column[:n]) for name, column in columns.items()}
+        return {q: AGGREGATES[q.name](shots[q.column][np.isfinite(shots[q.column])]) for q in criterion.quantities}
+
+    assert [criterion.is_met(values(n)) for n in range(5)] == [False, False, False, False, True]
+    assert values(4)[Quantity("max", column="fraction_reduced")] == 0.96
+    assert values(0)[Quantity("median", column="chi2_red")] is None, "nothing is known of no shots"
 
 
 def test_arguments_and_scope():

@@ -76,6 +76,10 @@ class BadCriterion(NearlineError, ValueError):
     """A stop criterion that cannot be read, or names what nothing is known of; the message lists what there is."""
 
 
+class NotEnough(NearlineError):
+    """A stop criterion that was waited for is not met; the message gives the values."""
+
+
 class BadQuery(NearlineError, ValueError):
     """A condition that is not one, names no column there is, or took too much; the message repeats it."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
 __all__ = [
+    "append_line",
     "file_sizes",
     "is_local",
     "make_folder",
@@ -142,6 +143,14 @@ def replace(path: Path, content: bytes, *, is_synced: bool = True) -> None:
             path.write_bytes(content)
         return
     _rename(_write_aside(path, io.BytesIO(content), is_synced=is_synced), path, is_synced=is_synced)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a local file, synced; after a crash it is there whole, or torn at the end."""
+    with open(path, "ab") as file:
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def make_folder(folder: Path) -> None:

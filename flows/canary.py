@@ -163,7 +163,7 @@ def _create(
         except FileExistsError:
             number += 1
             continue
-        return canary, canary.claim()
+        return canary, canary.claim(flow_run[0] if flow_run else None)
 
 
 def _beside(run: Run, stream: Stream, chunks: Sequence[Chunk], wait: float) -> Processing | None:

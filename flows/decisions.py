@@ -6,11 +6,10 @@ an event, and shown on the page. A script (`nearline.wait_until`) or an automati
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -23,13 +22,8 @@ from storage.models import Record
 from storage.names import run_key
 from storage.run_folder import RunFolder
 from storage.step_store import Processing
-from streaming.retrieval import Run
-from tasks.recipe import Recipe
 
-if TYPE_CHECKING:
-    from flows.run_processing import Progress
-
-__all__ = ["Decision", "DecisionReporter", "Judge", "decisions_of"]
+__all__ = ["Decision", "Decisions", "Judge", "decisions_of"]
 
 log = logging.getLogger("nearline.decisions")
 
@@ -108,8 +102,8 @@ class Judge:
         me = RunFolder.open(self.processing.run)
         if me.header.sample is None:
             raise BadCriterion(
-                f"run {run_key(me.header.experiment, me.header.run)} names no sample, so a criterion of a sample cannot "
-                "be judged; start runs with --sample"
+                f"run {run_key(me.header.experiment, me.header.run)} names no sample, so criteria of a sample cannot be "
+                "judged; start runs with --sample"
             )
         for folder in runs_of_sample(me.path.parent, me.header.sample):
             if folder.path.resolve() == me.path.resolve() or folder.path in self._others:
@@ -123,51 +117,47 @@ def _quantities(criteria: Iterable[Criterion]) -> tuple[Quantity, ...]:
     return tuple(dict.fromkeys(quantity for criterion in criteria for quantity in criterion.quantities))
 
 
-class DecisionReporter:
-    """Judges a processing's stop criteria as it goes: a `Reporter` beside the others.
+class Decisions:
+    """Judges a processing's stop criteria after each of its chunks.
 
-    A chunk that cannot be judged is said so in the log, and stops nothing.
+    What cannot be judged is said so in the log, and stops nothing.
 
     tell : told of each decision, once; also if the processing was interrupted and taken up again.
     """
 
-    def __init__(self, stop: Sequence[str], tell: Callable[[Decision], None] = lambda decision: None) -> None:
-        self._criteria, self._tell = read_criteria(stop), tell
-        self._judge: Judge | None = None
-        self._recipe_digest = ""
-        self._met: set[str] = set()
-        # Of two threads that have a chunk done at once, one judges.
-        self._lock = threading.Lock()
-        self.outlook: dict[str, str] = {}
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
-        self._recipe_digest = recipe.digest
-        self._met = {decision.criterion for decision in decisions_of(processing)}
+    def __init__(
+        self,
+        processing: Processing,
+        recipe_digest: str,
+        stop: Sequence[str],
+        tell: Callable[[Decision], None] = lambda decision: None,
+    ) -> None:
+        self._criteria, self._tell, self._recipe_digest = read_criteria(stop), tell, recipe_digest
         self._judge = Judge(processing, self._criteria) if self._criteria else None
+        self._met = {decision.criterion for decision in decisions_of(processing)} if self._criteria else set()
 
-    def chunk_done(self, progress: "Progress") -> None:
+    def judge(self, chunk: int) -> dict[str, str]:
+        """How each criterion stands now that a chunk is done, in words."""
         if self._judge is None:
-            return
-        with self._lock:
-            try:
-                self._judge.refresh()
-                for criterion in self._criteria:
-                    self._consider(criterion, self._judge, progress.chunk.chunk, progress.run)
-            except (NearlineError, OSError) as error:
-                log.warning("stop criteria cannot be judged: %s", error)
+            return {}
+        try:
+            self._judge.refresh()
+            return {criterion.text: self._consider(criterion, self._judge, chunk) for criterion in self._criteria}
+        except (NearlineError, OSError) as error:
+            log.warning("stop criteria cannot be judged: %s", error)
+            return {"stop criteria": f"cannot be judged: {error}"}
 
-    def finished(self, summary: dict[str, Any]) -> None:
-        pass
-
-    def _consider(self, criterion: Criterion, judge: Judge, chunk: int, run: str) -> None:
-        self.outlook[criterion.text] = judge.outlook(criterion)
-        if criterion.text in self._met or not judge.is_met(criterion):
-            log.info("%s: %s", criterion.text, self.outlook[criterion.text])
-            return
+    def _consider(self, criterion: Criterion, judge: Judge, chunk: int) -> str:
+        outlook = judge.outlook(criterion)
+        if criterion.text in self._met:
+            return "enough"
+        log.info("%s: %s", criterion.text, outlook)
+        if not judge.is_met(criterion):
+            return outlook
         decision = Decision(
             criterion=criterion.text,
             at=datetime.now(UTC),
-            run=run,
+            run=judge.tally.run,
             processing=judge.processing.name,
             chunk=chunk,
             values=judge.values(criterion),
@@ -177,8 +167,8 @@ class DecisionReporter:
         # On the disk before anybody hears of it.
         append_line(judge.processing.folder / _FILE, decision.model_dump_json())
         self._met.add(criterion.text)
-        log.info("%s: enough, %s", criterion.text, decision.values)
         self._tell(decision)
+        return outlook
 
 
 def decisions_of(processing: Processing) -> list[Decision]:

@@ -79,6 +79,7 @@ FLOWS = (
     DeployedFlow("flows.process_run.process_run", "reprocess", "-again"),
     DeployedFlow("flows.reprocess_runs.reprocess_runs", "reprocess"),
     DeployedFlow("flows.canary_run.canary_run", "reprocess"),
+    DeployedFlow("flows.merge_dataset.merge_dataset", "reprocess"),
     DeployedFlow("flows.retain_run.retain_run", "reprocess"),
     DeployedFlow("flows.export_nexus.export_nexus", "export"),
 )
@@ -175,7 +176,8 @@ def flow_parameters(experiment: Experiment) -> dict[str, Any]:
         "root": deployment.root,
         "n_threads": deployment.n_threads,
         "execution": _execution(deployment.execution),
-        "stop": list(experiment.stop) or None,
+        # By the experiment file the flow reads the run's own.
+        "stop": list(next(iter(stops))) or None if is_one else None,
         "frames_per_file": experiment.exports.frames_per_file,
         "grace": retention.veto_non_hits,
         "older_than": retention.older_than if policy else None,

@@ -250,7 +250,7 @@ class Experiment(Model):
     default_recipe: str | None = Field(None, description="recipe of samples that name none; by default the only one")
     exports: Exports = Field(Exports(), description="files written beside the tables")
     stop: tuple[str, ...] = Field(
-        (), description="when a run has enough, e.g. n_indexed >= 1000; kept, nothing acts on it yet"
+        (), description="when a run has enough, e.g. n_indexed >= 1000; judged after each chunk, told as an event"
     )
     retention: Retention = Field(Retention(), description="what is kept, and how long")
     deployment: Deployment = Field(Deployment(), description="where all of it runs")

@@ -193,7 +193,7 @@ def _hkl(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> str:
     ]  # fmt: skip
     signs = np.where(merged.is_minus, -1, 1)[:, None]
     rows = zip((merged.hkl * signs).tolist(), merged.intensity, merged.sigma, merged.n_observations, strict=True)
-    lines += ["{:4d} {:4d} {:4d} {:10.2f} {:>8} {:10.2f} {:7d}".format(*hkl, i, "-", s, n) for hkl, i, s, n in rows]
+    lines += [f"{hkl[0]:4d} {hkl[1]:4d} {hkl[2]:4d} {i:10.2f} {'-':>8} {s:10.2f} {n:7d}" for hkl, i, s, n in rows]
     return "\n".join([*lines, "End of reflections", history, ""])
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 __all__ = [
-    "DataSource", "OptionalProcessing", "RecipeParameter", "Root", "RunName", "ServiceAddress", "Threads", "described",
+    "DataSource", "DataSources", "OptionalProcessing", "RecipeParameter", "Root", "RunName", "ServiceAddress",
+    "SourceRecipes", "Threads", "described",
 ]  # fmt: skip
 
 
@@ -31,6 +32,18 @@ RecipeParameter = Annotated[
     ),
 ]
 DataSource = Annotated[str | None, described("Data source", "Which detector; needed only if the run has several")]
+DataSources = Annotated[
+    str | list[str] | None,
+    described(
+        "Data source",
+        "Which detector; needed only if the run has several. A list, or all, are processed side by side",
+        examples=["eiger", ["eiger", "jungfrau"], "all"],
+    ),
+]
+SourceRecipes = Annotated[
+    dict[str, RecipeParameter] | None,
+    described("Recipes", "Recipes of single data sources, by name; the others get the recipe"),
+]
 OptionalProcessing = Annotated[
     str | None, described("Processing", "Id of a processing such as p1; empty for the run's default")
 ]

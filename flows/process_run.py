@@ -12,13 +12,25 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
+from prefect.events import emit_event
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
+from flows.decisions import Decision
 from flows.execution import Execution, Executor, Promise, dask_cluster
-from flows.experiment import RECIPE_PREFIX, resolve_recipe
-from flows.parameters import DataSource, RecipeParameter, Root, RunName, ServiceAddress, Threads, described
+from flows.experiment import RECIPE_PREFIX, load_experiment, resolve_recipe, stop_for
+from flows.parameters import (
+    DataSources,
+    RecipeParameter,
+    Root,
+    RunName,
+    ServiceAddress,
+    SourceRecipes,
+    Threads,
+    described,
+)
+from flows.process_sources import process_sources
 from flows.run_page import RunPage
 from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe, ProcessingBusy
@@ -44,16 +56,28 @@ IfDone = Annotated[
 ]
 
 
+StopCriteria = Annotated[
+    list[str] | None,
+    described(
+        "Stop criteria",
+        "When it is enough, judged after each chunk; an event tells when one is met",
+        examples=[["n_indexed >= 1000", "sample: completeness(2.0) > 0.98"]],
+    ),
+]
+
+
 @flow(name="process-run", flow_run_name="process {run}", persist_result=False, validate_parameters=True)
 def process_run(
     run: RunName,
     recipe: RecipeParameter,
-    data_source: DataSource = None,
+    data_source: DataSources = None,
     service: ServiceAddress = None,
     root: Root = None,
     n_threads: Threads = None,
     execution: Where = None,
     if_done: IfDone = "repeat",
+    recipes: SourceRecipes = None,
+    stop: StopCriteria = None,
 ) -> Any:
     """Follow a run, live or finished, and analyse each chunk as it is sealed.
 
@@ -62,37 +86,74 @@ def process_run(
     run : experiment/number such as lyso-2026/17, or the path of a run folder.
     recipe : the recipe's content, the path of its file, or ``experiment:`` and the path of an experiment file, which
         says what the run's sample is processed with.
-    data_source : which detector; needed only if the run has several.
+    data_source : which detector; needed only if the run has several. A list of them, or ``all``: each is processed as
+        for itself, side by side in this flow run.
     service : address of the streaming service; by default the one on this machine.
     root : data folder to look in when no service answers.
     n_threads : threads over the frames of a chunk; by default one per core.
     execution : where chunks are analysed, and how many at once; by default here, one after the other.
     if_done : if the run was processed with the same recipe and code already: repeat makes another processing, skip
         leaves it at that.
+    recipes : of single data sources, by name, where they differ: content, path or ``experiment:`` as above.
+    stop : stop criteria, judged after each chunk; when one is met an event nearline.run.enough is sent. By default
+        those of the experiment file, where the recipe names one.
 
     Returns
     -------
-    The summary of the processing. If somebody else is at it already, the flow run completes as *Claimed elsewhere*,
+    The summary of the processing; of several data sources a mapping of their names to their summaries, None for one
+    that somebody else is at. If somebody else is at it already, the flow run completes as *Claimed elsewhere*,
     and there is no summary.
     """
-    is_by_file = isinstance(recipe, str) and recipe.startswith(RECIPE_PREFIX)
-    sample = open_run(run, service=service, root=root).header.sample if is_by_file else None
-    content = resolve_recipe(recipe, run, sample).model_dump(mode="json")
-    request = ProcessRequest(
-        run=run,
-        recipe=content,
-        data_source=data_source,
-        service=service,
-        root=root,
-        n_threads=n_threads,
-        execution=execution or Execution(),
-        if_done=if_done,
-    )
     flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
+
+    def process(source: str | None) -> dict[str, Any]:
+        request = ProcessRequest(
+            run=run,
+            recipe=_recipe_content((recipes or {}).get(source or "", recipe), run, service, root),
+            data_source=source,
+            service=service,
+            root=root,
+            n_threads=n_threads,
+            execution=execution or Execution(),
+            if_done=if_done,
+            stop=tuple(_stop_of(recipe, run, service, root) if stop is None else stop),
+        )
+        return run_processing(
+            request, reporter=RunPage(), open_executor=_task_executor, flow_run=flow_run, tell=tell_enough
+        )
+
     try:
-        return run_processing(request, reporter=RunPage(), open_executor=_task_executor, flow_run=flow_run)
+        if data_source == "all" or isinstance(data_source, list):
+            return process_sources(open_run(run, service=service, root=root), data_source, process)
+        return process(data_source)
     except ProcessingBusy as error:
         return Completed(name="Claimed elsewhere", message=str(error))
+
+
+def _stop_of(recipe: str | dict[str, Any], run: str, service: str | None, root: str | None) -> tuple[str, ...]:
+    """The stop criteria of a run by the experiment file that the recipe names; none without one."""
+    if not isinstance(recipe, str) or not recipe.startswith(RECIPE_PREFIX):
+        return ()
+    header = open_run(run, service=service, root=root).header
+    return stop_for(load_experiment(recipe.removeprefix(RECIPE_PREFIX)), header.run, header.sample)
+
+
+def tell_enough(decision: Decision) -> None:
+    """Say as a Prefect event that a run has enough; an automation may act on it."""
+    emit_event(
+        "nearline.run.enough",
+        resource={
+            "prefect.resource.id": f"nearline.run.{decision.run.replace('/', '.')}",
+            "prefect.resource.name": decision.run,
+        },
+        payload={"name": decision.run, **decision.model_dump(mode="json")},
+    )
+
+
+def _recipe_content(recipe: str | dict[str, Any], run: str, service: str | None, root: str | None) -> dict[str, Any]:
+    is_by_file = isinstance(recipe, str) and recipe.startswith(RECIPE_PREFIX)
+    sample = open_run(run, service=service, root=root).header.sample if is_by_file else None
+    return resolve_recipe(recipe, run, sample).model_dump(mode="json")
 
 
 # ---- tasks ------------------------------------------------------------------------------------

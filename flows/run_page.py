@@ -146,6 +146,7 @@ class RunPage:
             f"# {self._title}",
             self._how_far(progress, summary),
             self._warnings(),
+            _outlook(progress),
             self._charts(),
             self._own_columns(),
         ]
@@ -224,6 +225,12 @@ def _percent(part: int, whole: int) -> float:
 
 def _total(table: pa.Table | None, name: str) -> int:
     return int(table[name].to_numpy().sum()) if table is not None else 0
+
+
+def _outlook(progress: Progress | None) -> str:
+    """Whether, or when, there is enough."""
+    rows = [] if progress is None else [f"| `{text}` | {words} |" for text, words in progress.outlook.items()]
+    return "\n".join(["| stop when | |", "|---|---|", *rows]) if rows else ""
 
 
 def _bar(part: float) -> str:

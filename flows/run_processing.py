@@ -24,11 +24,13 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
+from flows.criteria import read_criteria
+from flows.decisions import Decision, Decisions
 from flows.execution import Execution, Executor, Promise, plain_executor
 from flows.exports import RunExporter
 from flows.pictures import draw_frame
 from flows.record_provenance import ProvenanceReporter
-from storage.errors import NearlineError, StreamNotFound
+from storage.errors import BadRecipe, NearlineError, StreamNotFound
 from storage.models import Model, StreamHeader
 from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
 from storage.veto import hold_frames
@@ -49,6 +51,7 @@ log = logging.getLogger("nearline.process")
 
 _WAIT_FOR_STREAM_S = 60.0
 _N_PICTURES = 4
+_NOT_A_HIT = "not a hit"
 
 
 # Opens what carries out the jobs of a processing.
@@ -70,6 +73,7 @@ class ProcessRequest(Model):
     if_done: Literal["repeat", "skip"] = Field(
         "repeat", description="if it was processed with the same recipe and code: make another processing, or leave it"
     )
+    stop: tuple[str, ...] = Field((), description="stop criteria, judged after each chunk, e.g. n_indexed >= 1000")
 
 
 @dataclass
@@ -111,6 +115,7 @@ class Progress:
     """A chunk has been done; for whoever shows it.
 
     lag_frames : that have come since. lag_s : s since the chunk was sealed.
+    outlook : for each stop criterion, in words, whether or when it is enough.
     """
 
     run: str
@@ -121,6 +126,7 @@ class Progress:
     lag_s: float
     planned: int
     pictures: tuple[Path, ...]
+    outlook: dict[str, str] = field(default_factory=dict)
 
 
 class Reporter(Protocol):
@@ -169,6 +175,7 @@ def run_processing(
     reporter: Reporter | None = None,
     open_executor: OpenExecutor = plain_executor,
     flow_run: tuple[str, str] | None = None,
+    tell: Callable[[Decision], None] = lambda decision: None,
 ) -> dict[str, Any]:
     """Process a run to its end; the summary, as in ``processed/<id>/summary.json``.
 
@@ -176,14 +183,16 @@ def run_processing(
     ----------
     open_executor : what carries out the jobs; the flow puts Prefect tasks here.
     flow_run : id and URL of the Prefect run, for the record.
+    tell : told of each stop criterion that is met.
 
     Raises
     ------
-    RunNotFound, StreamNotFound, BadRecipe
+    RunNotFound, StreamNotFound, BadRecipe, BadCriterion
     ProcessingBusy : somebody is at it already.
     NotStored : the stream is in memory only.
     """
     recipe = load_recipe(request.recipe)
+    read_criteria(request.stop)  # before anything is begun
     run = open_run(request.run, service=request.service, root=request.root)
     stream = _wait_for_stream(run, request.data_source)
     stream.require_stored("processed")
@@ -201,7 +210,8 @@ def run_processing(
         with open_executor(request.execution) as executor:
             n_threads = request.n_threads or request.execution.n_threads
             told = Reporters([ProvenanceReporter(flow_run[0] if flow_run else None), reporter or Silent()])
-            work = _Work(run, stream, processing, recipe, n_threads, executor, told)
+            decisions = Decisions(processing, recipe.digest, request.stop, tell)
+            work = _Work(run, stream, processing, recipe, n_threads, executor, told, decisions)
             return work.carry_out(request.execution.n_ahead)
     finally:
         os.close(claim)
@@ -239,17 +249,16 @@ def _claim_processing(
     run: Run, stream: Stream, recipe: Recipe, flow_run: tuple[str, str] | None
 ) -> tuple[Processing, int]:
     """The unfinished processing with this very recipe and code, or a new one, and the claim on it."""
-    flow_run_id = flow_run[0] if flow_run else None
     while True:
         unfinished = next((one for one in _same(run, stream, recipe) if not one.is_finished), None)
         if unfinished is not None:
-            return unfinished, unfinished.claim(flow_run_id)
+            return unfinished, unfinished.claim(flow_run[0] if flow_run else None)
         number = 1 + max((int(n[1:]) for n in find_processings(run.folder) if n[1:].isdecimal()), default=0)
         try:
             processing = Processing.create(run.folder, new_manifest(f"p{number}", stream, recipe, flow_run))
         except FileExistsError:
             continue  # somebody else began one just now; if it is the same, it is theirs
-        return processing, processing.claim(flow_run_id)
+        return processing, processing.claim(flow_run[0] if flow_run else None)
 
 
 def new_manifest(
@@ -289,13 +298,16 @@ class _Work:
         n_threads: int,
         executor: Executor,
         reporter: Reporter,
+        decisions: Decisions,
     ) -> None:
         self._run, self._stream, self._processing, self._recipe = run, stream, processing, recipe
         self._n_threads, self._executor, self._reporter = n_threads, executor, reporter
+        self._decisions = decisions
         self._header, self._mask = analysis_header(stream, recipe), analysis_mask(stream, recipe)
         self._totals = RunTotals()
         self._pictures: list[Path] = []
         self._derived: dict[str, DerivedStream] = {}
+        self._is_hits_opened = False
 
     def carry_out(self, n_ahead: int) -> dict[str, Any]:
         """Chunk after chunk to the run's end; while one is taken, ``n_ahead`` more are under way."""
@@ -319,6 +331,7 @@ class _Work:
             exporter.discard()
             raise
         announced = self._stream.status.announced
+        self._open_hits()  # a run without a chunk has hits, too: none
         for derived in self._derived.values():
             derived.finish(announced)
         summary = self._summary(files, time.perf_counter() - started)
@@ -334,6 +347,7 @@ class _Work:
         """What a job has left in the step store goes into streams, files and pictures."""
         result = job.result(seconds)
         self._publish(result)
+        self._publish_hits(job, result)
         before = time.perf_counter()
         export = partial(self._export, exporter, job, result)
         self._executor.export(self._run.name, chunk.commit, export)
@@ -359,6 +373,7 @@ class _Work:
                 lag_s=max((datetime.now(UTC) - chunk.commit.sealed_at).total_seconds(), 0.0),
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
+                outlook=self._decisions.judge(chunk.commit.chunk),
             )
         )
 
@@ -369,25 +384,42 @@ class _Work:
 
     def _open_derived(self) -> None:
         """``<source>.results@<id>``, one row per frame, and ``<source>.binned@<id>`` where a step bins."""
-        base = {
-            "parent": self._stream.name,
-            "processing": self._processing.name,
-            "planned": self._header.planned,
-            "series": None,
-        }
         headers = {"results": {"kind": "table", "shape": (), "dtype": "", "codec": "raw", "detector": None}}
         for spec in self._recipe.steps:
             if spec.use == "bin":
                 factor = STEPS["bin"].read_params(spec.params)
                 headers["binned"] = self._binned_header(factor)
         for name, changes in headers.items():
-            source = f"{self._stream.name}.{name}@{self._processing.name}"
-            header = self._stream.header.model_copy(update=base | changes | {"data_source": source, "user_data": {}})
-            try:
-                self._derived[name] = open_derived(self._run, StreamHeader.model_validate(header.model_dump()))
-            except (NearlineError, FileExistsError) as error:
-                # A processing taken up again after its streams have ended: its tables are complete all the same.
-                log.warning("not writing the stream %s: %s", source, error)
+            self._open_one(name, self._stream.header, changes)
+
+    def _open_hits(self) -> None:
+        """``<source>.hits@<id>``: the frames with a hit, byte for byte as the detector sent them.
+
+        Not before a chunk is sealed: until its first frame has come, a live stream's header may name another codec.
+        """
+        if not self._recipe.export.hits_stream or self._is_hits_opened:
+            return
+        self._is_hits_opened = True
+        parent = open_run(str(self._run.folder))[self._stream.name].header
+        if parent.parts > 1:
+            raise BadRecipe(
+                f"{parent.data_source} sends frames in {parent.parts} parts, and a stream of hits holds whole ones; "
+                "leave out export.hits_stream"
+            )
+        self._open_one("hits", parent, {"leaves_out": _NOT_A_HIT})
+
+    def _open_one(self, name: str, parent: StreamHeader, changes: dict[str, Any]) -> None:
+        source = f"{self._stream.name}.{name}@{self._processing.name}"
+        base = {
+            "data_source": source, "parent": self._stream.name, "processing": self._processing.name,
+            "planned": self._header.planned, "series": None, "user_data": {},
+        }  # fmt: skip
+        header = parent.model_copy(update=base | changes)
+        try:
+            self._derived[name] = open_derived(self._run, StreamHeader.model_validate(header.model_dump()))
+        except (NearlineError, FileExistsError) as error:
+            # A processing taken up again after its streams have ended: its tables are complete all the same.
+            log.warning("not writing the stream %s: %s", source, error)
 
     def _binned_header(self, params: BinParams) -> dict[str, Any]:
         slow, fast = self._header.shape
@@ -407,6 +439,20 @@ class _Work:
         if "binned" in self._derived and binned is not None:
             pairs = zip(binned["frame_index"].to_pylist(), binned["blob"].to_pylist(), strict=True)
             self._derived["binned"].send([(index, blob, {}) for index, blob in pairs])
+
+    def _publish_hits(self, job: ChunkJob, result: ChunkResult) -> None:
+        self._open_hits()
+        if "hits" not in self._derived:
+            return
+        if "hit" not in result.frames.column_names:
+            raise BadRecipe(
+                "export.hits_stream needs a step that says which frames are hits: add find_peaks, or a step of your "
+                "own that makes the column hit"
+            )
+        hits = set(result.frames.filter(result.frames["hit"])["frame_index"].to_pylist())
+        if hits:
+            frames = [frame for frame in job.frames() if frame.frame_index in hits]
+            self._derived["hits"].send([(frame.frame_index, frame.blob, frame.meta) for frame in frames])
 
     # ---- for people ---------------------------------------------------------------------------
 

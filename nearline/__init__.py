@@ -33,6 +33,7 @@ __all__ = [
     "Run",
     "Stream",
     "errors",
+    "merge",
     "open",
     "process",
     "process_live",
@@ -41,6 +42,7 @@ __all__ = [
     "start_run",
     "stop_run",
     "use_compiled_kernels",
+    "wait_until",
 ]  # fmt: skip
 
 # Loaded when first asked for, so that `import nearline` stays quick.
@@ -281,6 +283,58 @@ def reprocess(
     from flows.reprocessing import reprocess_here
 
     return reprocess_here(texts, loaded, where=where, parallel=parallel, again=again, **options)
+
+
+def wait_until(
+    run: str | Path,
+    criterion: str,
+    *,
+    processing: str | None = None,
+    timeout: float | None = None,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Return once a stop criterion is met by what has been processed of a run; the values it rests on.
+
+    Parameters
+    ----------
+    criterion : such as ``completeness > 0.98``, ``n_indexed >= 1000 and cc_half > 0.5`` or ``sample: minutes > 30``.
+    processing : whose results; by default the promoted one, else the newest. It may not have begun.
+    timeout : s; None to wait as long as it takes.
+
+    Raises
+    ------
+    NotEnough : the processing has finished, or the time is over, and it is not met; the message gives the values.
+    BadCriterion : it cannot be read; the message lists what there is.
+    """
+    from flows.waiting import wait_until
+
+    opened = open(run, service=service, root=root)
+    return wait_until(opened, criterion, processing=processing, timeout=timeout).model_dump(mode="json")
+
+
+def merge(runs: str | Sequence[str], output: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """Merge the reflections of some runs: statistics by resolution shell, and MTZ, CrystFEL ``.hkl`` and a picture.
+
+    Parameters
+    ----------
+    runs : ``lyso-2026/3``, ranges ``lyso-2026/3-9``, whole experiments ``lyso-2026/*``, or run folders.
+    output : folder for the files; None to write none.
+    options : fields of `flows.merging.MergeRequest`: ``where``, ``processing``, ``d_min`` (Å), ``friedel_mates``,
+        ``n_shells``, ``name``, ``service``, ``root``.
+
+    Raises
+    ------
+    RunNotFound : none of them has reflections. BadRecipe : their cells differ.
+    """
+    from pathlib import Path
+
+    from flows.merging import MergeRequest, merge_runs
+
+    options.setdefault("service", os.environ.get("NEARLINE_SERVICE"))
+    options.setdefault("root", _root_from_environment())
+    texts = (runs,) if isinstance(runs, str) else tuple(str(run) for run in runs)
+    return merge_runs(MergeRequest(runs=texts, **options), Path(output) if output else None).model_dump(mode="json")
 
 
 def _service_address(service: str | None) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 import nearline
 from nearline import (
     automation_commands,
+    decision_commands,
     experiment_commands,
     group_commands,
     provenance_commands,
@@ -266,6 +267,10 @@ def process(
         ),
     ] = None,
     wait: Annotated[float, typer.Option(help="Wait so long for the run to begin, s.")] = 0.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Stop criterion, judged after each chunk, such as 'n_indexed >= 1000'; may be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Analyse a run, live or finished: bin, find peaks, index, integrate, export, chunk by chunk.
@@ -277,6 +282,7 @@ def process(
     content = show.recipe_from(recipe, cell, space_group).model_dump(mode="json")
     show.wait_for_run(run, service, root, wait)
     options: dict[str, Any] = {"n_threads": threads} if threads else {}
+    options |= {"stop": tuple(stop)} if stop else {}
     request = ProcessRequest(
         run=run, recipe=content, data_source=source, service=service, root=str(root) if root else None, **options
     )
@@ -462,6 +468,7 @@ app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
 automation_commands.register(app)
 provenance_commands.register(app)
+decision_commands.register(app)
 
 
 @catalog_app.command("rebuild")

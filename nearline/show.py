@@ -192,6 +192,7 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         "late",
         "duplicate",
         "pruned",
+        "left_out",
     )
     table = Table("frames", *found)
     for field in (*fields, "pending"):

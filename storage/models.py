@@ -124,6 +124,11 @@ class StreamHeader(Record):
     series: SeriesHeader | None = None
     parent: str | None = Field(None, description="data source this one was derived from")
     processing: str | None = Field(None, description="processing that derived it")
+    leaves_out: str | None = Field(
+        None,
+        description="of a selection: why a frame of the parent is not in it, such as not a hit; such are left out, "
+        "not missing",
+    )
     user_data: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("dtype")

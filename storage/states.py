@@ -32,6 +32,8 @@ class FrameState(IntEnum):
     buffered = 7
     # Was stored, and was removed on purpose by a veto; its row stays.
     vetoed = 8
+    # Of a stream that holds a selection of its parent's frames: was not selected.
+    left_out = 9
 
 
 # A frame that can be read, whole or in part.
@@ -39,8 +41,10 @@ READABLE = (FrameState.stored, FrameState.late, FrameState.incomplete, FrameStat
 # What is not there, in whole or in part, has a reason.
 _HAVE_CAUSE = (
     FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.pruned, FrameState.vetoed,
+    FrameState.left_out,
 )  # fmt: skip
-# What a ledger lists. Not the vetoed: they lie between hits, in as many ranges; the commits have them.
+# What a ledger lists. Not the vetoed, nor those left out: they lie between hits, in as many ranges; the commits have
+# them.
 _LISTED = (
     FrameState.missing, FrameState.rejected, FrameState.incomplete, FrameState.late, FrameState.pruned,
 )  # fmt: skip
@@ -190,7 +194,7 @@ class IndexStates:
 class StreamLedger(Record):
     """Every frame of a stream accounted for, DESIGN promise 3.
 
-    ``announced`` = received + missing + rejected + late (+ pending while live) and
+    ``announced`` = received + missing + rejected + late + left_out (+ pending while live) and
     ``received`` = buffered + stored + incomplete + vetoed + pruned; duplicates are counted beside,
     since their indices are accounted for already.
     """
@@ -203,6 +207,7 @@ class StreamLedger(Record):
     rejected: int = Field(0, description="came, but cannot be used")
     late: int = Field(0, description="came after their chunk was sealed; kept in an amendment segment")
     pending: int = Field(0, description="not known yet; none once the stream has ended")
+    left_out: int = Field(0, description="of a selection, such as a stream of hits: not selected")
     duplicate: int = Field(0, description="sent again with the same content by somebody else; not in the sums")
     buffered: int = Field(0, description="received, in memory only")
     stored: int = Field(0, description="received, all of it in the journal or a shard")
@@ -220,10 +225,12 @@ class StreamLedger(Record):
     def problems(self) -> list[str]:
         """What does not add up, in words; empty when the ledger balances."""
         found = []
-        if self.announced != self.received + self.missing + self.rejected + self.late + self.pending:
+        known = self.received + self.missing + self.rejected + self.late + self.left_out
+        if self.announced != known + self.pending:
             found.append(
                 f"{self.data_source}: {self.announced} frames announced, but {self.received} received + {self.missing} "
-                f"missing + {self.rejected} rejected + {self.late} late + {self.pending} pending"
+                f"missing + {self.rejected} rejected + {self.late} late + {self.left_out} left out + "
+                f"{self.pending} pending"
             )
         if self.received != self.buffered + self.stored + self.incomplete + self.vetoed + self.pruned:
             found.append(
@@ -269,6 +276,7 @@ def build_ledger(header: StreamHeader, states: IndexStates, duplicate: int, *, i
         rejected=counts[FrameState.rejected],
         late=counts[FrameState.late],
         pending=counts[FrameState.pending],
+        left_out=counts[FrameState.left_out],
         duplicate=duplicate,
         **{state.name: n for state, n in came.items()},
         ranges=[r for r in states.ranges() if FrameState[r.state] in _LISTED],

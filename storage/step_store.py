@@ -25,20 +25,21 @@ from pydantic import Field, ValidationError
 
 from storage.agents import publish_environment, this_agent
 from storage.errors import BadRecipe, DamagedOutput, ProcessingBusy, RunNotFound
-from storage.files import publish, readable, replace, sync_folder
+from storage.files import is_local, publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Record
 from storage.names import check_name
 from storage.table_digest import table_digest
 
-__all__ = ["ChunkManifest", "Claimant", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
+__all__ = ["ChunkManifest", "Claim", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
 
 log = logging.getLogger("nearline.steps")
 
 Tables = Mapping[str, pa.Table]
 
 _PARQUET_ENDS = b"PAR1"
-_CLAIM_PATIENCE_S = 0.2
+# Whoever asks whether a processing is claimed (`is_claimed`) holds the lock for an instant.
+_CLAIM_PATIENCE_S, _CLAIM_PAUSE_S = 0.2, 0.02
 # Outputs that this process has made last: who makes one mostly reads it next.
 _KEEP_RECENT = 8
 _recent: OrderedDict[Path, dict[str, pa.Table]] = OrderedDict()
@@ -193,8 +194,8 @@ class Manifest(Record):
     part: tuple[int, int] | None = Field(None, description="of a canary: frames [start, stop); None for the whole run")
 
 
-class Claimant(Record):
-    """The process that works on a processing."""
+class Claim(Record):
+    """Who works on a processing, or did last."""
 
     pid: int
     host: str
@@ -202,8 +203,8 @@ class Claimant(Record):
     since: datetime
 
     def __str__(self) -> str:
-        flow_run = f", flow run {self.flow_run_id}" if self.flow_run_id else ""
-        return f"pid {self.pid} on {self.host}{flow_run}"
+        of = f", flow run {self.flow_run_id}" if self.flow_run_id else ""
+        return f"pid {self.pid} on {self.host}{of}, since {self.since:%Y-%m-%d %H:%M:%S} UTC"
 
 
 class Processing:
@@ -248,9 +249,12 @@ class Processing:
     def claim(self, flow_run_id: str | None = None) -> int:
         """Become the one process that works on this; the claim ends with the process (or `os.close`).
 
+        The lock is the kernel's. Hosts that share a file system whose ``flock`` reaches no further than one host see
+        none of it: there `claimed_by` is what tells who works on this.
+
         Parameters
         ----------
-        flow_run_id : of the Prefect flow run that works on it, for whoever asks `claimed_by`.
+        flow_run_id : the Prefect run that claims, for whoever asks.
 
         Raises
         ------
@@ -258,29 +262,33 @@ class Processing:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(self._claim_path, os.O_CREAT | os.O_RDWR, 0o644)
-        if not _lock_soon(fd):
+        try:
+            if not _lock_soon(fd):
+                who = self.claimed_by or "another process"
+                raise ProcessingBusy(
+                    f"processing {self.name} of {self.run} is being worked on by {who}; "
+                    "wait for it, or process with another recipe"
+                )
+            claim = Claim(pid=os.getpid(), host=socket.gethostname(), flow_run_id=flow_run_id, since=datetime.now(UTC))
+            content = claim.model_dump_json().encode() + b"\n"
+            # In one write, and cut afterwards: who reads it meanwhile finds a whole first line.
+            os.pwrite(fd, content, 0)
+            os.ftruncate(fd, len(content))
+        except BaseException:
             os.close(fd)
-            who = self.claimed_by
-            raise ProcessingBusy(
-                f"processing {self.name} of {self.run} is being worked on by {who or 'another process'}; "
-                "wait for it, or process with another recipe"
-            )
-        claimant = Claimant(
-            pid=os.getpid(), host=socket.gethostname(), flow_run_id=flow_run_id, since=datetime.now(UTC)
-        )
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, claimant.model_dump_json().encode(), 0)
+            raise
         return fd
 
     @property
     def is_claimed(self) -> bool:
-        """Whether a process works on it now."""
+        """Whether a live process holds the claim, as far as this host's locks reach; an object store has none."""
+        if not is_local(self.folder):
+            return False
         try:
             fd = os.open(self._claim_path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:
-            # Shared: of two that ask at once, neither is taken for a worker.
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return True
@@ -289,16 +297,13 @@ class Processing:
         return False
 
     @property
-    def claimed_by(self) -> "Claimant | None":
-        """Who works on it, or worked on it last; None if nobody ever did, or said so."""
+    def claimed_by(self) -> "Claim | None":
+        """Who claimed this last, also when the claim has ended (`is_claimed`); None if nobody has said so."""
         try:
-            return Claimant.model_validate_json(self._claim_path.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            first, _, _ = self._claim_path.read_bytes().partition(b"\n")
+            return Claim.model_validate_json(first)
+        except (FileNotFoundError, ValidationError):  # never claimed, or by a version that wrote no such line
             return None
-
-    @property
-    def _claim_path(self) -> Path:
-        return self.folder / "claim"
 
     def add_chunk(self, chunk: ChunkManifest) -> None:
         """Record a chunk as done."""
@@ -349,22 +354,25 @@ class Processing:
     def __repr__(self) -> str:
         return f"<Processing {self.name} of {self.run}, {'finished' if self.is_finished else 'unfinished'}>"
 
+    @property
+    def _claim_path(self) -> Path:
+        return self.folder / "claim"
+
     def _chunk_path(self, number: int) -> Path:
         return self.folder / "chunks" / f"{number:05d}.json"
 
 
 def _lock_soon(fd: int) -> bool:
-    """Take the lock; somebody who only asks whether it is taken has it for a moment."""
+    """Take the lock on a claim, with a little patience."""
     deadline = time.monotonic() + _CLAIM_PATIENCE_S
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except OSError:
             if time.monotonic() > deadline:
                 return False
-            time.sleep(0.01)
-        else:
-            return True
+        time.sleep(_CLAIM_PAUSE_S)
 
 
 def join_frames(tables: list[pa.Table | None]) -> pa.Table:

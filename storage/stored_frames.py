@@ -289,6 +289,8 @@ def missing_frame(
         return FrameMissing(f"{name} is {state.name} ({states.cause(index)}); the ledger lists all such frames")
     if state is FrameState.pruned:
         return FrameMissing(f"{name} was {states.cause(index)}")
+    if state is FrameState.left_out:
+        return FrameMissing(f"{name} is {states.cause(index)}, and was left out; see {header.parent}")
     if state is FrameState.vetoed:
         return FrameMissing(f"{name} was vetoed {states.cause(index)}")
     if is_terminal:

@@ -207,8 +207,11 @@ class StreamStore:
     def account(self, start: int, stop: int, state: FrameState, cause: str) -> None:
         """Declare the pending indices of a range missing or rejected, with the cause, and keep that through a crash.
 
-        Of frames in parts, those of which some are there become incomplete.
+        Of frames in parts, those of which some are there become incomplete; of a selection, those that would be
+        missing are left out.
         """
+        if self.header.leaves_out and state is FrameState.missing:
+            state, cause = FrameState.left_out, self.header.leaves_out
         self.states.announce(stop)
         for account in self._frames.give_up(start, stop, state, cause):
             self._accounts.add(account)

@@ -286,7 +286,7 @@ class _StreamCheck:
     def _list_holes(self, commits: Iterable[ChunkCommit]) -> None:
         for commit in commits:
             for part in commit.ranges:
-                if FrameState[part.state] is not FrameState.stored:
+                if FrameState[part.state] not in (FrameState.stored, FrameState.left_out):
                     self.run_check.holes.append(Hole(data_source=self.paths.data_source, frames=part))
 
     def _check_online(self, header: StreamHeader) -> None:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ _POLL_MS = 200
 # A silent service is greeted this often, and waited for so long when it is gone: a restart takes a few seconds.
 _GREET_S = 1.0
 _PATIENCE_S = 10.0
+# A link that carries nothing any more without either end being told (a cable, a switch, a firewall that forgets) is
+# asked this often, and given up after so long: then ZeroMQ connects anew. Without it the kernel would wait up to
+# 15 minutes for data that it has sent, and for ever if it has sent none.
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 3000, 10_000
+_LOOK_AT_LINK_S = 0.2
+# Greetings: of a service that has been silent, and over a new link, after which everything is asked again.
+_HELLO, _HELLO_ANEW = -1, -2
 
 Reply = tuple[Any, list[zmq.Frame]]
 
@@ -73,12 +81,16 @@ class Connection:
         self._asked: dict[int, _Asked] = {}
         self._answered: dict[int, Reply] = {}
         self._unheard: set[int] = set()
-        self._heard_at = self._greeted_at = time.monotonic()
+        self._heard_at = self._greeted_at = self._looked_at = time.monotonic()
+        self._is_broken = False
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IDENTITY, os.urandom(12).hex().encode())
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         if server_key or credentials.server_key:
             secure_client(self._socket, server_key or credentials.server_key or "")
         self._socket.connect(address)
@@ -156,6 +168,7 @@ class Connection:
 
     def pump(self, timeout_s: float) -> bool:
         """Take in what has come, waiting for it up to ``timeout_s``; whether anything did."""
+        self._mind_link()
         if not self._socket.poll(int(1000 * timeout_s)):
             self._mind_silence()
             return False
@@ -174,12 +187,15 @@ class Connection:
         return self._socket
 
     def close(self) -> None:
-        self._socket.close()
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close()
+            self._socket.close()
 
     def __del__(self) -> None:
         # A thread's connection ends with the thread, without anyone to close it.
-        if hasattr(self, "_socket"):
-            self._socket.close()
+        if hasattr(self, "_monitor"):
+            self.close()
 
     # ---- a service that comes and goes ----------------------------------------------------------
 
@@ -196,7 +212,8 @@ class Connection:
 
     def _greet(self) -> None:
         self._greeted_at = time.monotonic()
-        hello = wire.Hello(id=-1, protocol=wire.PROTOCOL, token=self._token)
+        number = _HELLO_ANEW if self._is_broken else _HELLO
+        hello = wire.Hello(id=number, protocol=wire.PROTOCOL, token=self._token, is_anew=self._is_broken)
         self._transmit(_Asked(hello, []))
 
     def _sort(self, reply: Any, parts: list[zmq.Frame]) -> None:
@@ -213,15 +230,30 @@ class Connection:
             self._answered[reply.id] = (reply, parts)
 
     def _welcomed(self, reply: wire.Welcome) -> None:
-        """The same service: repeat what it had not heard. Another life of it: repeat everything."""
+        """The same service: repeat what it had not heard. Another life of it, or a new link: repeat everything."""
         is_new, is_first = reply.session != self._session, self._session is None
         self._session = reply.session
         unheard, self._unheard = self._unheard, set()
-        if is_new and not is_first:
+        if reply.id == _HELLO_ANEW or (is_new and not is_first):
+            self._is_broken = self._is_broken and reply.id != _HELLO_ANEW
             self._received_bytes = 0  # credit begins anew with the service
             unheard = set(self._asked)
         for number in sorted(unheard & self._asked.keys()):
             self._transmit(self._asked[number])
+
+    def _mind_link(self) -> None:
+        """Greet a service anew whose link broke: questions or answers may have been lost with it."""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_AT_LINK_S:
+            return
+        self._looked_at = now
+        was_broken = self._is_broken
+        with suppress(zmq.Again):
+            while True:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+                self._is_broken, was_broken = True, False
+        if self._is_broken and not was_broken and self._session is not None:
+            self._greet()
 
     def _mind_silence(self) -> None:
         """Greet a service that has long said nothing: it answers at once if it is there."""

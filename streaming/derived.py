@@ -2,6 +2,7 @@
 the run, or straight into the folder of a run that no service has.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from storage.codec import Buffer
@@ -17,7 +18,8 @@ from streaming.retrieval import Run
 __all__ = ["DerivedStream", "open_derived"]
 
 Row = tuple[int, Buffer | None, dict[str, Any]]
-_ROWS_A_MESSAGE = 500
+# Few large frames or many small rows.
+_ROWS_A_MESSAGE, _BYTES_A_MESSAGE = 500, 32 << 20
 
 
 class DerivedStream(Protocol):
@@ -56,8 +58,8 @@ class _ThroughService:
         self._stream = self._producer.derived(header.run, header)
 
     def send(self, rows: list[Row]) -> None:
-        for at in range(0, len(rows), _ROWS_A_MESSAGE):
-            self._send(rows[at : at + _ROWS_A_MESSAGE])
+        for message in _messages(rows):
+            self._send(message)
 
     def _send(self, rows: list[Row]) -> None:
         try:
@@ -70,6 +72,21 @@ class _ThroughService:
     def finish(self, announced: int) -> None:
         self._stream.finish(announced)
         self._producer.close()
+
+
+def _messages(rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows in their order, as many at a time as go into one message."""
+    message: list[Row] = []
+    n_bytes = 0
+    for row in rows:
+        size = 0 if row[1] is None else memoryview(row[1]).nbytes
+        if message and (len(message) == _ROWS_A_MESSAGE or n_bytes + size > _BYTES_A_MESSAGE):
+            yield message
+            message, n_bytes = [], 0
+        message.append(row)
+        n_bytes += size
+    if message:
+        yield message
 
 
 class _IntoFolder:

@@ -307,6 +307,9 @@ class Server(threading.Thread):
 
     def _hello(self, identity: bytes, client: Client | None, request: wire.Hello) -> None:
         """A client introduces itself, or asks whether this is still the service it knows."""
+        if client is not None and request.is_anew:
+            self._forget_parked(client)
+            client = None
         call = Call(identity, client or Client(), request, [], 0.0)
         try:
             answer = hello(self.desk, call)
@@ -350,6 +353,12 @@ class Server(threading.Thread):
         call.client.n_parked += 1
         self._parked_bytes += call.payload_bytes
         self._parked.append(call)
+
+    def _forget_parked(self, client: Client) -> None:
+        """A client whose link broke asks again for all that it waits for."""
+        forgotten = [call for call in self._parked if call.client is client]
+        self._parked_bytes -= sum(call.payload_bytes for call in forgotten)
+        self._parked = [call for call in self._parked if call.client is not client]
 
     def _hasten(self, client: Client) -> None:
         """The client waits no longer: what it has parked is overdue."""

@@ -105,11 +105,16 @@ class Request(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Hello(Request):
-    """First message of a connection; ``token`` where the service asks for one."""
+    """First message of a connection; ``token`` where the service asks for one.
+
+    ``is_anew`` : the link broke under it. What the client still waits for is forgotten, for it will ask again, and its
+    credit is whole: it cannot tell which answers were lost.
+    """
 
     protocol: int
     window_bytes: int = WINDOW_BYTES
     token: str | None = None
+    is_anew: bool = False
 
 
 class ListRuns(Request):

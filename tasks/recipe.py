@@ -64,10 +64,14 @@ class StepSpec(Model):
 
 
 class Export(Model):
-    """Files written beside the tables while the run is processed."""
+    """Files and streams written beside the tables while the run is processed."""
 
     nexus: str = Field("all", pattern="^(all|hits|none)$", description="frames in the NXmx file: all, hits or none")
     crystfel: bool = Field(True, description="write a CrystFEL .stream")
+    hits_stream: bool = Field(
+        False,
+        description="publish the detector's bytes of hits as a stream, <source>.hits@<processing>, as they are found",
+    )
 
 
 class Recipe(Model):
@@ -108,6 +112,8 @@ class Recipe(Model):
     def digest(self) -> str:
         """blake3 of the recipe's content, hex."""
         how: Any = {"name": True, "mask": True, "steps": {"__all__": {"group"}}}
+        if not self.export.hits_stream:
+            how["export"] = {"hits_stream"}  # as before there was one: recipes keep their digest
         return blake3.blake3(self.model_dump_json(exclude=how).encode()).hexdigest()
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:

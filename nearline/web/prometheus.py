@@ -41,7 +41,10 @@ _HISTOGRAMS = {
     "seal": "A chunk from complete to published.",
     "upload": "A shard from sealed to its object store.",
 }
-_STATES = ("received", "missing", "rejected", "pending", "buffered", "stored", "vetoed", "pruned", "duplicate", "late")
+_STATES = (
+    "received", "missing", "rejected", "pending", "buffered", "stored", "vetoed", "pruned", "duplicate", "late",
+    "left_out",
+)  # fmt: skip
 
 
 def registry_of(status: ServiceStatus) -> CollectorRegistry:

@@ -34,6 +34,10 @@ _POLL_MS = 200
 # A header with flat field and mask of a 16M detector is about 140 MB.
 _MAX_MESSAGE_BYTES = 1 << 30
 _RECEIVE_QUEUE = 8
+# A link over which nothing comes is probed after 10 s, and given up 12 s later.
+_KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 3, zmq.TCP_KEEPALIVE_CNT: 4
+}  # fmt: skip
 _CHUNK_S = 2.0
 _CHUNK_BYTES = 1 << 30
 _USER_KEY = "nearline"
@@ -91,6 +95,11 @@ class EigerConnector(threading.Thread):
         socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # We only receive: without the kernel's probes a detector that lost its power, or a cut cable, would leave a
+        # connection that looks well for ever, and the detector's next life would wait for a receiver. Heartbeats of
+        # ZeroMQ's would do the same, but need a detector that knows them.
+        for option, value in _KEEPALIVE.items():
+            socket.setsockopt(option, value)
         socket.connect(self.endpoint)
         try:
             while not self._stopping.is_set():

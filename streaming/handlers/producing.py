@@ -37,7 +37,9 @@ def finish_stream(desk: Desk, call: Call) -> Answer:
     stream = desk.recorder.find(ref.key)
     if (stream is None or not stream.is_open) and desk.folder(ref.experiment, ref.run).finished(ref.data_source):
         return done(call)  # asked once more, because the answer was lost
-    stream = _writable(desk, ref)
+    # Asked once more while it is ending: the recorder tells this call, too, when it has.
+    if stream is None:
+        raise _not_open(ref)
 
     def ended(error: NearlineError | None) -> None:
         answer = done(call) if error is None else failure(request.id, error)

@@ -97,7 +97,8 @@ def test_ledger_balances(done, is_terminal):
     online = HEADER.model_copy(update={"persistence": "online"})
     ledger = build_ledger(online, states, 1, is_terminal=is_terminal)
     assert ledger.problems == []
-    assert ledger.received + ledger.missing + ledger.rejected + ledger.late + ledger.pending == announced
+    known = ledger.received + ledger.missing + ledger.rejected + ledger.late + ledger.left_out
+    assert known + ledger.pending == announced
     after = ledger.without_memory()
     assert after.problems == []
     assert (after.received, after.buffered, after.incomplete) == (ledger.received, 0, 0)
@@ -109,11 +110,12 @@ def test_ledger_balances(done, is_terminal):
         ({"announced": 5, "received": 3, "stored": 3}, "5 frames announced, but 3 received"),
         ({"announced": 3, "received": 3, "stored": 2}, "3 frames received, but 0 buffered \\+ 2 stored"),
         ({"announced": 3, "late": 2}, "3 frames announced, but 0 received .* 2 late"),
+        ({"announced": 3, "left_out": 2}, "3 frames announced, but 0 received .* 2 left out"),
         ({"announced": 2, "received": 2, "stored": 1}, "0 incomplete"),
         ({"announced": 1, "pending": 1, "is_terminal": True}, "ended with 1 frames in no state"),
         ({"announced": 1, "received": 1, "buffered": 1, "is_terminal": True}, "1 frames in memory only"),
     ],
-    ids=["lost", "not stored", "late", "incomplete", "pending at the end", "buffered at the end"],
+    ids=["lost", "not stored", "late", "left out", "incomplete", "pending at the end", "buffered at the end"],
 )
 def test_imbalance_is_said(fields, words):
     ledger = StreamLedger(data_source="eiger", **fields)

@@ -1,0 +1,61 @@
+"""The Prefect flow that merges the runs of a sample: `flows.merging`, with a page of statistics by shell."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from prefect import flow, runtime
+
+from flows.markdown_page import MarkdownPage
+from flows.merging import MergeRequest, merge_runs, shell_table
+from flows.parameters import OptionalProcessing, Root, ServiceAddress, described
+from flows.reprocess_runs import Runs, Where
+
+__all__ = ["merge_dataset"]
+
+Output = Annotated[
+    str | None, described("Folder", "Where the files are written; by default merged/ in the data folder")
+]
+Resolution = Annotated[
+    float | None,
+    described("d_min, Å", "Resolution to merge to; by default where the recipe or the detector ends", gt=0),
+]
+
+
+def _flow_run_name() -> str:
+    given = runtime.flow_run.parameters
+    return f"merge {', '.join(given.get('runs') or [])} {given.get('where') or ''}".strip()[:200]
+
+
+@flow(name="merge-dataset", flow_run_name=_flow_run_name, persist_result=False, validate_parameters=True)
+def merge_dataset(
+    runs: Runs,
+    where: Where = None,
+    processing: OptionalProcessing = None,
+    d_min: Resolution = None,
+    friedel_mates: Literal["merged", "apart"] = "merged",
+    output: Output = None,
+    name: str = "merged",
+    service: ServiceAddress = None,
+    root: Root = None,
+) -> dict[str, Any]:
+    """Merge the reflections of some runs into one set: MTZ, CrystFEL .hkl, statistics by shell and a picture.
+
+    A plain Monte-Carlo mean over all crystals, by asymmetric unit. The summary has the statistics and the files.
+    """
+    request = MergeRequest(
+        runs=tuple(runs), where=where, processing=processing, d_min=d_min, friedel_mates=friedel_mates, name=name,
+        service=service, root=root,
+    )  # fmt: skip
+    folder = Path(output) if output else Path(root or "nearline-data") / "merged"
+    result = merge_runs(request, folder)
+    statistics = result.statistics
+    lines = [
+        f"# Merged: {statistics.n_crystals} crystals of {len(result.inputs)} runs",
+        f"{statistics.space_group}, d_min {statistics.d_min:.2f} Å, Friedel mates {statistics.friedel_mates}",
+        shell_table(statistics),
+        "\n".join(f"* {run}: {name}" for run, name in result.inputs.items()),
+        "\n".join(f"* left out {run}: {why}" for run, why in result.left_out.items()),
+        "\n".join(f"* {kind}: `{path}`" for kind, path in result.files.items()),
+    ]
+    MarkdownPage(f"merge-{name}", f"merged from {len(result.inputs)} runs").show("\n\n".join(filter(None, lines)))
+    return result.model_dump(mode="json")

@@ -102,8 +102,8 @@ class Judge:
         me = RunFolder.open(self.processing.run)
         if me.header.sample is None:
             raise BadCriterion(
-                f"run {run_key(me.header.experiment, me.header.run)} names no sample, so criteria of a sample cannot be "
-                "judged; start runs with --sample"
+                f"run {run_key(me.header.experiment, me.header.run)} names no sample, so criteria of a sample cannot "
+                "be judged; start runs with --sample"
             )
         for folder in runs_of_sample(me.path.parent, me.header.sample):
             if folder.path.resolve() == me.path.resolve() or folder.path in self._others:

@@ -233,6 +233,7 @@ def _draw(path: Path, statistics: MergeStatistics, words: str) -> None:
             values = [np.nan if (v := value(shell)) is None else v for shell in shells]
             axes.plot(middle, values, marker="o", label=name or None)
         axes.set_ylabel(label)
+        axes.margins(y=0.08)
         axes.set_ylim(0, None)
         ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
         axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from prefect import flow, runtime
+from prefect import flow, runtime, tags
 
 from flows.deployed import find_deployment, processing_of, start_deployed, wait_for_flow_run
 from flows.markdown_page import MarkdownPage
@@ -106,8 +106,11 @@ def _steps_in_words(steps: dict[str, dict[str, int]]) -> str:
 
 
 def _as_subflow(recipe: Recipe, place: Place, n_threads: int | None) -> ProcessOne:
+    mine = list(runtime.flow_run.tags or [])
+
     def process_one(run: str) -> dict[str, Any]:
-        summary: dict[str, Any] = process_run(**_parameters(run, recipe, place, n_threads))
+        with tags(*mine):  # a flow run within another has none of its tags by itself
+            summary: dict[str, Any] = process_run(**_parameters(run, recipe, place, n_threads))
         return summary
 
     return process_one

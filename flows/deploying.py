@@ -67,16 +67,18 @@ class DeployedFlow:
 
     pool : which of the experiment's three pools.
     suffix : of the deployment's name, which is the experiment's.
+    takes_all : it processes several data sources in one flow run.
     """
 
     entrypoint: str
     pool: Literal["live", "reprocess", "export"]
     suffix: str = ""
+    takes_all: bool = False
 
 
 FLOWS = (
-    DeployedFlow("flows.process_run.process_run", "live"),
-    DeployedFlow("flows.process_run.process_run", "reprocess", "-again"),
+    DeployedFlow("flows.process_run.process_run", "live", takes_all=True),
+    DeployedFlow("flows.process_run.process_run", "reprocess", "-again", takes_all=True),
     DeployedFlow("flows.reprocess_runs.reprocess_runs", "reprocess"),
     DeployedFlow("flows.canary_run.canary_run", "reprocess"),
     DeployedFlow("flows.merge_dataset.merge_dataset", "reprocess"),
@@ -266,6 +268,8 @@ def _put_deployment(
     if flow is None:
         return Change("deployment", f"{deployed.entrypoint}/{name}", "left out", "no such flow is installed here")
     schema = flow.parameters
+    if deployed.takes_all and len(experiment.data_sources) > 1:
+        parameters = {"data_source": "all", **parameters}
     values: dict[str, Any] = {
         "description": _first_paragraph(flow),
         "parameters": {k: v for k, v in parameters.items() if k in schema.properties},

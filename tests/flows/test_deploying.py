@@ -83,6 +83,16 @@ def test_second_deploy_changes_nothing_and_undeploy_leaves_nothing(prefect_serve
     assert undeploy("twice.1", api) == []
 
 
+def test_of_several_detectors_one_flow_run_processes_all(prefect_server, tmp_path):
+    api = api_of(prefect_server)
+    sources = [{"name": name, "endpoint": f"tcp://127.0.0.1:{port}"} for name, port in (("near", 9), ("far", 10))]
+    experiment = written(tmp_path, "both", samples=[LYSOZYME], data_sources=sources, deployment=pools_of("both"))
+    deploy(experiment, api)
+    assert ask(api, "/deployments/name/process-run/both")["parameters"]["data_source"] == "all"
+    assert "data_source" not in ask(api, "/deployments/name/export-nexus/both")["parameters"]
+    undeploy("both", api)
+
+
 def test_changes_of_the_file_are_named(prefect_server, tmp_path):
     api = api_of(prefect_server)
     before = written(tmp_path, "edited", samples=[LYSOZYME], deployment=pools_of("edited"))

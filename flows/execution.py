@@ -83,6 +83,10 @@ class Executor(Protocol):
         """Append a chunk to the files, here and now."""
         ...
 
+    def task_runs(self, chunk: int) -> dict[str, str]:
+        """Ids of the Prefect task runs that worked on a chunk, by group of steps; asked once, when it is done."""
+        ...
+
 
 @contextmanager
 def plain_executor(execution: Execution) -> Iterator[Executor]:
@@ -149,6 +153,9 @@ class _Done:
 class _Plain:
     def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
         return work()
+
+    def task_runs(self, chunk: int) -> dict[str, str]:
+        return {}
 
 
 class _Inline(_Plain):

@@ -194,6 +194,8 @@ class _TaskExecutor:
 
     def __init__(self, runner: TaskRunner[Any] | None, limit: str | None) -> None:
         self._runner, self._limit = runner, limit
+        # The states or futures of each chunk's groups, until it is done.
+        self._tasks: dict[int, dict[str, Any]] = {}
 
     def submit(self, job: ChunkJob) -> Promise:
         # Prefect finds what a task depends on by the identity of its parameters, which a chunk's may have inherited
@@ -206,11 +208,22 @@ class _TaskExecutor:
                 promise = _steps_task(**given, return_state=True)
             else:
                 promise = self._runner.submit(_steps_task, parameters=given)
+            self._tasks.setdefault(job.commit.chunk, {})[group.name] = promise
         return promise if promise is not None else _Nothing()
+
+    def task_runs(self, chunk: int) -> dict[str, str]:
+        ids = {name: _task_run_id(promise) for name, promise in self._tasks.pop(chunk, {}).items()}
+        return {name: task_run for name, task_run in ids.items() if task_run is not None}
 
     def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
         done: Any = _export_task(run, commit.chunk, commit.start, commit.stop - 1, work)
         return cast(T, done)
+
+
+def _task_run_id(promise: Any) -> str | None:
+    """Of a future, or of the state that a task ended in."""
+    found = getattr(promise, "task_run_id", None) or getattr(promise, "state_details", promise).task_run_id
+    return str(found) if found is not None else None
 
 
 class _Nothing:

@@ -15,7 +15,7 @@ __all__ = ["ProvenanceReporter", "modules_of"]
 
 
 class ProvenanceReporter:
-    """Writes ``provenance/`` in the run folder; tell it of Prefect's task runs with `task_ran`."""
+    """Writes ``provenance/`` in the run folder."""
 
     def __init__(self, flow_run: str | None = None) -> None:
         self._flow_run = flow_run
@@ -25,14 +25,9 @@ class ProvenanceReporter:
         self._recorder = ProvenanceRecorder(run.folder, processing, flow_run=self._flow_run)
         self._recorder.started(modules_of(recipe))
 
-    def task_ran(self, chunk: int, stage: str, task_run: str) -> None:
-        """A Prefect task run has worked on a chunk; to be told before the chunk is done."""
-        if self._recorder is not None:
-            self._recorder.task_ran(chunk, stage, task_run)
-
     def chunk_done(self, progress: "Progress") -> None:
         if self._recorder is not None:
-            self._recorder.chunk_done(progress.chunk)
+            self._recorder.chunk_done(progress.chunk, progress.task_runs)
 
     def finished(self, summary: dict[str, Any]) -> None:
         if self._recorder is not None:

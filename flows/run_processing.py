@@ -116,6 +116,7 @@ class Progress:
 
     lag_frames : that have come since. lag_s : s since the chunk was sealed.
     outlook : for each stop criterion, in words, whether or when it is enough.
+    task_runs : ids of the Prefect task runs that worked on the chunk, by group of steps.
     """
 
     run: str
@@ -127,6 +128,7 @@ class Progress:
     planned: int
     pictures: tuple[Path, ...]
     outlook: dict[str, str] = field(default_factory=dict)
+    task_runs: dict[str, str] = field(default_factory=dict)
 
 
 class Reporter(Protocol):
@@ -374,6 +376,7 @@ class _Work:
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
                 outlook=self._decisions.judge(chunk.commit.chunk),
+                task_runs=self._executor.task_runs(chunk.commit.chunk),
             )
         )
 

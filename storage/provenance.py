@@ -136,7 +136,6 @@ class ProvenanceRecorder:
         self._run, self._processing = run_folder, processing
         self._agent = agent or this_agent()
         self._flow_run = flow_run
-        self._task_runs: dict[int, dict[str, str]] = {}
         who = f"{self._agent.host}-{os.getpid()}-{os.urandom(4).hex()}"
         self.path = run_folder / "provenance" / f"{processing.name}.{_word(who)}.jsonl"
         self._has_begun = False
@@ -151,13 +150,9 @@ class ProvenanceRecorder:
         publish_environment(self._run)
         self._write([*self._who(), *self._code(modules or {})])
 
-    def task_ran(self, chunk: int, stage: str, task_run: str) -> None:
-        """A Prefect task run worked on a chunk; written when the chunk is done."""
-        self._task_runs.setdefault(chunk, {})[stage] = task_run
-
     def chunk_done(self, chunk: ChunkManifest, task_runs: Mapping[str, str] | None = None) -> None:
         """One chunk is done; ``task_runs`` are Prefect task run ids by stage."""
-        runs = self._task_runs.pop(chunk.chunk, {}) | dict(task_runs or {})
+        runs = dict(task_runs or {})
         activity = _chunk_id(self._processing, chunk.chunk)
         records = list(_chunk_records(self._processing, chunk))
         done = records[0].model_copy(update={"ended_at": _now(), "attributes": {"task_runs": runs}})

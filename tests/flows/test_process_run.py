@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
+from flows.explaining import explain
+from streaming.retrieval import open_run
 from tests.flows.conftest import N_FRAMES
 
 CELL = ["--cell", "79.1,79.1,37.9,90,90,90", "--space-group", "P 43 21 2"]
@@ -34,7 +37,7 @@ def flow_run(simulated_run, prefect_server, tmp_path_factory):
     tasks = {"flow_runs": {"id": {"any_": [found["id"]]}}}
     deadline = time.monotonic() + 30
     # Task runs are recorded from events, some seconds behind.
-    while len(task_runs := ask(prefect_server, "/task_runs/filter", tasks)) < 6 and time.monotonic() < deadline:
+    while len(task_runs := ask(prefect_server, "/task_runs/filter", tasks)) < 12 and time.monotonic() < deadline:
         time.sleep(0.5)
     artifacts = ask(prefect_server, "/artifacts/latest/filter", {})
     return summary, found, task_runs, {a["key"]: a for a in artifacts if a["flow_run_id"] == found["id"]}
@@ -51,6 +54,16 @@ def test_task_runs_name_run_and_frames(flow_run):
     names = {run["name"] for run in flow_run[2]}
     assert {n.split(" chunk ")[1] for n in names} == {"0: frames 0 to 9", "1: frames 10 to 19", "2: frames 20 to 23"}
     assert all("lyso/1" in name for name in names)
+
+
+def test_provenance_names_the_task_runs_of_each_chunk(flow_run):
+    summary, _, task_runs, _ = flow_run
+    folder = Path(summary["files"]["nexus"]).parents[1]
+    names = {run["id"]: run["name"] for run in task_runs}
+    for frame in (0, 15, 23):
+        done = explain(open_run(folder), frame).processing["task_runs"]
+        assert set(done) == {"peaks", "index", "integrate"}
+        assert all(names[task_run].startswith(f"{group} lyso/1") for group, task_run in done.items())
 
 
 def test_one_page_shows_rates_pictures_and_files(flow_run):

@@ -221,13 +221,7 @@ def provenance(
     if crate is not None:
         _write_crate(folder, processing, crate)
     if as_json:
-        kinds: dict[str, dict[str, Any]] = {
-            "activities": graph.activities,
-            "entities": graph.entities,
-            "agents": graph.agents,
-        }
-        content = {kind: [r.model_dump(mode="json") for r in records.values()] for kind, records in kinds.items()}
-        print(json.dumps(content | {"relations": [r.model_dump(mode="json") for r in graph.relations]}, default=str))
+        print(json.dumps(graph.as_records(), default=str))
     elif prov is None and crate is None:
         console.print(_tree(graph, name), highlight=False)
 

@@ -7,13 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from prov.model import ProvDerivation, ProvDocument, ProvGeneration, ProvUsage
+from prov.model import ProvAssociation, ProvDerivation, ProvDocument, ProvGeneration, ProvUsage
 from rocrate.rocrate import ROCrate
 from typer.testing import CliRunner
 
+import nearline as api
 from flows.explaining import explain
 from flows.run_processing import ProcessRequest, run_processing
 from nearline.cli import app
+from storage.errors import RunNotFound
 from storage.provenance_tables import ProvenanceTables
 from storage.run_folder import RunFolder
 from storage.step_store import Processing
@@ -115,11 +117,29 @@ def test_prov_json_is_read_by_prov(processed, tmp_path):
     path = tmp_path / "prov.json"
     assert nearline("provenance", processed, "--prov", path).exit_code == 0
     document = ProvDocument.deserialize(path, format="json")
-    for kind, n_least in ((ProvUsage, 3), (ProvGeneration, 9), (ProvDerivation, 9)):
+    for kind, n_least in ((ProvUsage, 3), (ProvGeneration, 9), (ProvDerivation, 9), (ProvAssociation, 4)):
         assert len(list(document.get_records(kind))) >= n_least
+    # Each output of a step comes of the chunk's frames, by a chain of derivations that the package follows.
+    derived = {str(r.args[0]): str(r.args[1]) for r in document.get_records(ProvDerivation)}
+    for chunk in Processing(processed, "p1").chunks():
+        entity = f"run:step/{list(chunk.steps.values())[-1]}"
+        for _ in chunk.steps:
+            entity = derived[entity]
+        assert entity == f"run:frames/{chunk.chunk_digest}"
     # Written again by that package, nothing is lost.
     again = ProvDocument.deserialize(content=document.serialize(format="json"), format="json")
     assert again == document
+
+
+def test_python_gives_what_the_command_shows(processed):
+    assert api.provenance(processed) == json.loads(nearline("provenance", processed, "--json").stdout)
+    frame = open_run(processed).processings["p1"].peaks["frame_index"][0].as_py()
+    found = api.explain(processed, frame, peak=0, replay=True)
+    shown = nearline("explain", processed, "--frame", frame, "--peak", 0, "--replay", "--json")
+    assert found == json.loads(shown.stdout)
+    assert found["replay"]["is_identical"]
+    with pytest.raises(RunNotFound, match="no processing 'p9'; it has: p1"):
+        api.provenance(processed, processing="p9")
 
 
 def test_the_crate_is_read_by_rocrate(processed, tmp_path):

@@ -197,9 +197,14 @@ def _bytes_of(source: FolderSource, folder: RunFolder, name: str, info: FrameInf
     facts = {"part": info.part, "length": info.size_bytes, "crc32c": f"{info.crc32c:08x}", "digest": info.digest.hex()}
     problem = ""
     try:
-        raws = {raw.info.part: raw for raw in source.read_parts(info.frame_index)}
-        if not has_digest(raws[info.part].blob, info.digest):
+        # Each part by itself: a damaged one says nothing of the others.
+        if not has_digest(source.read_part(info.frame_index, info.part).blob, info.digest):
             problem = f"the bytes of frame {info.frame_index} in {place.get('file')} are not those that were received"
+    except CorruptFrame as error:
+        # A shard counts frames and parts alike, so of a frame in parts it would name another.
+        where = f"part {info.part} of frame {info.frame_index} in {place.get('file')}"
+        is_whole = source.header.parts == 1
+        problem = str(error) if is_whole else f"{where} is damaged; restore it from a copy or leave the frame out"
     except (NearlineError, OSError) as error:
         problem = str(error)
     return FrameBytes(**facts, **place, is_verified=not problem, problem=problem)

@@ -1,7 +1,6 @@
 """Files written while a run is processed: NXmx and a CrystFEL stream, chunk by chunk."""
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flows.step_history import StepHistory
 from storage.crystfel import CrystfelStreamWriter, StreamCrystal, StreamPeaks, StreamReflections, geometry_file
 from storage.errors import RunNotFound
 from storage.models import RunHeader, StreamHeader
 from storage.nexus import DATA_PATH, MASK_PATH, NxmxWriter
+from storage.step_store import Processing
 from streaming.retrieval import Frame, Run, Stream
 from tasks.process_chunk import ChunkResult
 from tasks.recipe import Recipe
@@ -41,6 +42,7 @@ class RunExporter:
         pixel_mask: np.ndarray | None,
     ) -> None:
         self._recipe, self._header = recipe, header
+        self._history = StepHistory(run_folder)
         stem = f"{header.experiment}_{header.run}_{header.data_source}_{processing}"
         self.files: dict[str, Path] = {}
         self._rows: dict[int, int] = {}
@@ -66,6 +68,8 @@ class RunExporter:
     def add_chunk(self, frames: Sequence[Frame], result: ChunkResult) -> None:
         """Append one chunk's frames and what was found on them."""
         hits = _hits(result)
+        if self._nexus is not None:
+            self._history.add(result.manifest)
         for frame in frames:
             is_wanted = self._recipe.export.nexus == "all" or hits.get(frame.frame_index, False)
             if self._nexus is not None and is_wanted:
@@ -77,8 +81,7 @@ class RunExporter:
     def close(self) -> dict[str, Path]:
         """Finish the files and give them their names."""
         if self._nexus is not None:
-            for step in self._recipe.steps:
-                self._nexus.add_process("nearline", version("nearline"), datetime.now(UTC), step.model_dump())
+            self._history.write(self._nexus, self._recipe.model_dump(mode="json"), self._recipe.digest)
             self._nexus.close()
         if self._stream is not None:
             self._stream.close()
@@ -160,7 +163,8 @@ def export_stream(
     NotStored : the stream is in memory only.
     """
     stream.require_stored("exported")
-    wanted = _hits_of(run, processing) if processing else None
+    chosen = _chosen(run, processing) if processing else None
+    wanted = _hits_of(chosen) if chosen else None
     status = stream.status
     path.parent.mkdir(parents=True, exist_ok=True)
     with NxmxWriter(
@@ -180,16 +184,30 @@ def export_stream(
                 writer.append(frame.frame_index, frame.blob, frame.times.utc)
                 n_written += 1
             progress(frame.frame_index + 1, status.watermark)
+        if chosen is not None:
+            _write_history(writer, chosen)
     return {"path": str(path), "frames": n_written}
 
 
-def _hits_of(run: Run, processing: str) -> set[int]:
+def _chosen(run: Run, processing: str) -> Processing:
     found = run.processings
     if processing not in found:
         have = ", ".join(found) or "none yet"
         raise RunNotFound(f"run {run.name} has no processing {processing!r}; it has: {have}")
-    table = found[processing].frames
+    return found[processing]
+
+
+def _hits_of(processing: Processing) -> set[int]:
+    table = processing.frames
     return set(table.filter(table["hit"])["frame_index"].to_pylist())
+
+
+def _write_history(writer: NxmxWriter, processing: Processing) -> None:
+    """The steps that chose the frames."""
+    history, manifest = StepHistory(processing.run), processing.manifest
+    for chunk in processing.chunks():
+        history.add(chunk)
+    history.write(writer, manifest.recipe, manifest.recipe_digest)
 
 
 def cell_file_text(cell: UnitCell) -> str:

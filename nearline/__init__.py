@@ -33,11 +33,13 @@ __all__ = [
     "Run",
     "Stream",
     "errors",
+    "explain",
     "merge",
     "open",
     "process",
     "process_live",
     "producer",
+    "provenance",
     "reprocess",
     "start_run",
     "stop_run",
@@ -335,6 +337,74 @@ def merge(runs: str | Sequence[str], output: str | Path | None = None, **options
     options.setdefault("root", _root_from_environment())
     texts = (runs,) if isinstance(runs, str) else tuple(str(run) for run in runs)
     return merge_runs(MergeRequest(runs=texts, **options), Path(output) if output else None).model_dump(mode="json")
+
+
+def explain(
+    run: str | Path,
+    frame: int,
+    *,
+    peak: int | None = None,
+    reflection: tuple[int, int, int] | None = None,
+    processing: str | None = None,
+    data_source: str | None = None,
+    replay: bool = False,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Walk back from a frame, one of its peaks or one of its reflections to bytes, parameters and code.
+
+    Parameters
+    ----------
+    peak : of the frame, from 0.
+    reflection : Miller indices (h, k, l).
+    processing : whose results; by default the newest.
+    replay : also compute it again from the bytes, with nothing reused, and compare.
+
+    Returns
+    -------
+    The fields of `flows.explaining.Explanation`; with ``replay`` those of `flows.replaying.Replay` under that name.
+
+    Raises
+    ------
+    RunNotFound : the folder is not visible here, or there is no such processing.
+    BadQuery, FrameMissing : no such peak or reflection; the run never had such a frame. With ``replay`` also of a
+        frame that is not there any more; without, ``why`` says what became of it.
+    """
+    from flows import explaining, replaying
+
+    opened = open(run, service=service, root=root)
+    found = explaining.explain(
+        opened, frame, peak=peak, reflection=reflection, processing=processing, data_source=data_source
+    )
+    again = {"replay": replaying.replay(opened, found).model_dump(mode="json")} if replay else {}
+    return found.model_dump(mode="json") | again
+
+
+def provenance(
+    run: str | Path,
+    *,
+    processing: str | None = None,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """What was made of a run, of what and by whom: ``activities``, ``entities``, ``agents`` and ``relations``.
+
+    Parameters
+    ----------
+    processing : only this one; by default all.
+
+    Raises
+    ------
+    RunNotFound : the folder is not visible here, or there is no such processing.
+    """
+    from storage.errors import RunNotFound
+    from storage.provenance import provenance_of
+
+    opened = open(run, service=service, root=root)
+    folder = opened.visible_folder
+    if folder is None:
+        raise RunNotFound(f"the folder {opened.folder} of run {opened.name} is not visible here; ask on its machine")
+    return provenance_of(folder.path, processing).as_records()
 
 
 def _service_address(service: str | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
 from nearline.options import AsJson, Root, Service
@@ -113,7 +114,8 @@ def _explained(found: Any) -> Tree:
         what = f"reflection {','.join(map(str, found.reflection))} of {what}"
     tree = Tree(f"[bold]{what}[/bold] of {found.run}/{found.data_source}: {found.state}")
     if found.why:
-        tree.add(f"[yellow]{found.why}[/yellow]")
+        # What others wrote (causes, reasons, paths) may hold brackets, which are no styles.
+        tree.add(f"[yellow]{escape(found.why)}[/yellow]")
     if found.values:
         _add(tree, "values", dict(list(found.values.items())[:_MOST_VALUES]))
     for step in reversed(found.steps):
@@ -138,7 +140,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text.replace("[", "\\[")
+    return escape(text)
 
 
 def _add_step(tree: Tree, step: Any) -> None:
@@ -160,8 +162,8 @@ def _add_bytes(tree: Tree, found: Any) -> None:
     for place in found.bytes:
         part = f" part {place.part}" if len(found.bytes) > 1 else ""
         where = f"{place.file} at byte {place.offset}" if place.offset is not None else place.file
-        verdict = "[green]read and verified[/green]" if place.is_verified else f"[red]{place.problem}[/red]"
-        branch = tree.add(f"[bold]bytes{part}[/bold]: {place.length:,} in {where}, {verdict}")
+        verdict = "[green]read and verified[/green]" if place.is_verified else f"[red]{escape(place.problem)}[/red]"
+        branch = tree.add(f"[bold]bytes{part}[/bold]: {place.length:,} in {escape(where)}, {verdict}")
         branch.add(f"digest {place.digest}, crc32c {place.crc32c}")
     _add(tree, "chunk", found.chunk)
 
@@ -170,7 +172,7 @@ def _replayed(again: Any) -> Tree:
     verdict = "[green]identical[/green]" if again.is_identical else "[red]differs[/red]"
     tree = Tree(f"[bold]replayed[/bold]: {verdict}")
     for check in again.tables:
-        state = "identical" if check.is_identical else f"differs in {', '.join(check.columns) or 'its rows'}"
+        state = "identical" if check.is_identical else f"differs in {escape(', '.join(check.columns)) or 'its rows'}"
         tree.add(f"{check.step}/{check.table}: {check.n_rows} rows, {check.recorded[:_SHORT]}, {state}")
     for difference in again.differences:
         tree.add(f"[yellow]{difference.kind}[/yellow]: {_text(difference.what)}")
@@ -219,13 +221,7 @@ def provenance(
     if crate is not None:
         _write_crate(folder, processing, crate)
     if as_json:
-        kinds: dict[str, dict[str, Any]] = {
-            "activities": graph.activities,
-            "entities": graph.entities,
-            "agents": graph.agents,
-        }
-        content = {kind: [r.model_dump(mode="json") for r in records.values()] for kind, records in kinds.items()}
-        print(json.dumps(content | {"relations": [r.model_dump(mode="json") for r in graph.relations]}, default=str))
+        print(json.dumps(graph.as_records(), default=str))
     elif prov is None and crate is None:
         console.print(_tree(graph, name), highlight=False)
 

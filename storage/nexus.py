@@ -22,7 +22,7 @@ data", IUCrJ 7, 784-792; where a reader asks for something else, the comment nam
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -214,8 +214,19 @@ class NxmxWriter:
         version: str,
         date: datetime | str,
         parameters: Mapping[str, Any],
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        recipe_digest: str = "",
+        commits: Sequence[str] = (),
+        environments: Sequence[str] = (),
     ) -> None:
-        """Record one processing step, in the order of the calls, as NXprocess with its parameters as JSON."""
+        """Record one processing step, in the order of the calls, as NXprocess with its parameters as JSON.
+
+        Parameters
+        ----------
+        recipe : all steps it was one of; kept as JSON in an NXnote, with its digest beside it.
+        commits, environments : of the processes that carried it out, most times one; fields of our own, (process,).
+        """
         self._n_processes += 1
         k = self._n_processes
         process = _group(self._file["entry"], f"process_{k}", "NXprocess")
@@ -228,15 +239,11 @@ class NxmxWriter:
                 "sequence_index": np.int32(k),
             },
         )
-        note = _group(process, "parameters", "NXnote")
-        _fields(
-            note,
-            {
-                "type": "application/json",
-                "description": f"parameters of {program}",
-                "data": json.dumps(dict(parameters), default=str, indent=1),
-            },
-        )
+        _fields(process, {"commit": list(commits) or None, "environment": list(environments) or None})
+        _json_note(process, "parameters", f"parameters of {program}", parameters)
+        if recipe is not None:
+            note = _json_note(process, "recipe", "recipe that this is a step of", recipe)
+            _fields(note, {"digest": recipe_digest or None})
 
     def close(self) -> None:
         """Finish axes and times, record the export itself, and give the files their final names.
@@ -713,6 +720,13 @@ def _fields(group: h5py.Group, fields: Mapping[str, Any]) -> None:
         dataset = group.create_dataset(name, data=value)
         if units:
             dataset.attrs["units"] = units
+
+
+def _json_note(parent: h5py.Group, name: str, description: str, content: Mapping[str, Any]) -> h5py.Group:
+    note = _group(parent, name, "NXnote")
+    data = json.dumps(dict(content), default=str, indent=1)
+    _fields(note, {"type": "application/json", "description": description, "data": data})
+    return note
 
 
 def _axis(

@@ -106,6 +106,16 @@ class Provenance:
             r for r in self.relations if r.kind == kind and subject in (None, r.subject) and object in (None, r.object)
         ]
 
+    def as_records(self) -> dict[str, list[dict[str, Any]]]:
+        """All of it as JSON values: ``activities``, ``entities``, ``agents`` and ``relations``."""
+        kinds: dict[str, Iterable[Record]] = {
+            "activities": self.activities.values(),
+            "entities": self.entities.values(),
+            "agents": self.agents.values(),
+            "relations": self.relations,
+        }
+        return {kind: [record.model_dump(mode="json") for record in records] for kind, records in kinds.items()}
+
 
 def _joined(before: Any, record: Any) -> Any:
     if before is None:

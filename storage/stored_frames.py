@@ -120,6 +120,11 @@ class StoredFrames:
         self._check_readable(frame_index, is_terminal=is_terminal)
         return [self._read(slot) for slot in self._there(frame_index)]
 
+    def read_part(self, frame_index: int, part: int, *, is_terminal: bool) -> RawFrame:
+        """One part that is there, whatever has become of the others; errors as of `read_parts`."""
+        self._check_readable(frame_index, is_terminal=is_terminal)
+        return self._read(frame_index * self._parts + part)
+
     def read(self, frame_index: int, *, is_terminal: bool) -> RawFrame:
         """A frame, of which the first part that is there; errors as of `read_parts`."""
         self._check_readable(frame_index, is_terminal=is_terminal)

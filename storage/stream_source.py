@@ -231,6 +231,11 @@ class FolderSource:
     def read_parts(self, frame_index: int) -> list[RawFrame]:
         return self._read(frame_index, lambda: self._frames.read_parts(frame_index, is_terminal=self._is_terminal))
 
+    def read_part(self, frame_index: int, part: int) -> RawFrame:
+        """One part of a frame that is there, whatever has become of the others; errors as of `read_one`."""
+        read = self._frames.read_part
+        return self._read(frame_index, lambda: read(frame_index, part, is_terminal=self._is_terminal))
+
     def infos(self, start: int, stop: int) -> Iterator[FrameInfo]:
         return self._frames.infos(start, stop)
 

@@ -6,19 +6,23 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import h5py
 import pytest
-from prov.model import ProvDerivation, ProvDocument, ProvGeneration, ProvUsage
+from prov.model import ProvAssociation, ProvDerivation, ProvDocument, ProvGeneration, ProvUsage
 from rocrate.rocrate import ROCrate
 from typer.testing import CliRunner
 
+import nearline as api
 from flows.explaining import explain
 from flows.run_processing import ProcessRequest, run_processing
 from nearline.cli import app
+from storage.errors import RunNotFound
 from storage.provenance_tables import ProvenanceTables
 from storage.run_folder import RunFolder
-from storage.step_store import Processing
+from storage.step_store import Processing, StepStore
 from storage.veto import find_veto
 from streaming.retrieval import open_run
+from tasks.recipe import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -115,11 +119,29 @@ def test_prov_json_is_read_by_prov(processed, tmp_path):
     path = tmp_path / "prov.json"
     assert nearline("provenance", processed, "--prov", path).exit_code == 0
     document = ProvDocument.deserialize(path, format="json")
-    for kind, n_least in ((ProvUsage, 3), (ProvGeneration, 9), (ProvDerivation, 9)):
+    for kind, n_least in ((ProvUsage, 3), (ProvGeneration, 9), (ProvDerivation, 9), (ProvAssociation, 4)):
         assert len(list(document.get_records(kind))) >= n_least
+    # Each output of a step comes of the chunk's frames, by a chain of derivations that the package follows.
+    derived = {str(r.args[0]): str(r.args[1]) for r in document.get_records(ProvDerivation)}
+    for chunk in Processing(processed, "p1").chunks():
+        entity = f"run:step/{list(chunk.steps.values())[-1]}"
+        for _ in chunk.steps:
+            entity = derived[entity]
+        assert entity == f"run:frames/{chunk.chunk_digest}"
     # Written again by that package, nothing is lost.
     again = ProvDocument.deserialize(content=document.serialize(format="json"), format="json")
     assert again == document
+
+
+def test_python_gives_what_the_command_shows(processed):
+    assert api.provenance(processed) == json.loads(nearline("provenance", processed, "--json").stdout)
+    frame = open_run(processed).processings["p1"].peaks["frame_index"][0].as_py()
+    found = api.explain(processed, frame, peak=0, replay=True)
+    shown = nearline("explain", processed, "--frame", frame, "--peak", 0, "--replay", "--json")
+    assert found == json.loads(shown.stdout)
+    assert found["replay"]["is_identical"]
+    with pytest.raises(RunNotFound, match="no processing 'p9'; it has: p1"):
+        api.provenance(processed, processing="p9")
 
 
 def test_the_crate_is_read_by_rocrate(processed, tmp_path):
@@ -136,6 +158,42 @@ def test_the_crate_is_read_by_rocrate(processed, tmp_path):
     assert {profile.id.split("/")[-2] for profile in crate.root_dataset["conformsTo"]} >= {"process", "workflow"}
     assert json.loads((tmp_path / "crate" / "recipe.json").read_text())["steps"]
     crate.write(tmp_path / "again")
+
+
+@pytest.mark.parametrize("way", ["while processing", "afterwards"])
+def test_an_exported_file_says_which_steps_made_it(processed, tmp_path, way):
+    if way == "while processing":
+        (path,) = (processed / "nexus").glob("*.h5")
+    else:
+        path = tmp_path / "hits.h5"
+        done = nearline("export", processed, "--processing", "p1", "-o", path)
+        assert done.exit_code == 0, done.output
+    store = Processing(processed, "p1")
+    chunks, manifest = list(store.chunks()), store.manifest
+    with h5py.File(path) as file:
+        groups = [file[f"entry/process_{k + 1}"] for k in range(len(manifest.recipe["steps"]) + 1)]
+        assert f"entry/process_{len(groups) + 1}" not in file
+        assert [int(group["sequence_index"][()]) for group in groups] == list(range(1, len(groups) + 1))
+        assert json.loads(groups[-1]["parameters/data"][()])["step"] == "export_nexus"
+        for spec, group in zip(manifest.recipe["steps"], groups, strict=False):
+            assert group.attrs["NX_class"] == "NXprocess"
+            records = [StepStore(processed).record(chunk.steps[spec["name"]]) for chunk in chunks]
+            made = [record["made"] for record in records]
+            assert text(group["program"]) == "nearline"
+            assert text(group["version"]) == made[0]["version"]
+            assert text(group["date"]) == max(one["at"] for one in made)
+            assert group["environment"].asstr()[:].tolist() == sorted({one["environment"] for one in made})
+            commits = group["commit"].asstr()[:].tolist() if "commit" in group else []
+            assert commits == sorted({one["commit"] for one in made if one["commit"]})
+            parameters = json.loads(text(group["parameters/data"]))
+            assert (parameters["use"], parameters["params"]) == (spec["use"], records[0]["params"])
+            assert group["recipe"].attrs["NX_class"] == "NXnote"
+            assert load_recipe(json.loads(text(group["recipe/data"]))).digest == manifest.recipe_digest
+            assert text(group["recipe/digest"]) == manifest.recipe_digest
+
+
+def text(dataset: h5py.Dataset) -> str:
+    return dataset.asstr()[()]
 
 
 @pytest.mark.parametrize("where", ["sqlite", "postgresql"])

@@ -199,11 +199,13 @@ class _TaskExecutor:
 
     def submit(self, job: ChunkJob) -> Promise:
         # Prefect finds what a task depends on by the identity of its parameters, which a chunk's may have inherited
-        # from values that are gone: only what a group takes from the one before it is looked at.
-        fixed = {"run": quote(_run_name(job)), "job": quote(job), "limit": quote(self._limit)}
+        # from values that are gone: here, only what a group takes from the one before it is looked at. (Not on
+        # a runner: Dask makes plain tuples of quotes.)
+        fixed: dict[str, Any] = {"run": _run_name(job), "job": job, "limit": self._limit}
+        keep: Callable[[Any], Any] = quote if self._runner is None else _as_it_is
         promise: Any = None
         for group in job.groups:
-            given = fixed | {"group": quote(group), "before": promise}
+            given = {name: keep(value) for name, value in (fixed | {"group": group}).items()} | {"before": promise}
             if self._runner is None:
                 promise = _steps_task(**given, return_state=True)
             else:
@@ -218,6 +220,10 @@ class _TaskExecutor:
     def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
         done: Any = _export_task(run, commit.chunk, commit.start, commit.stop - 1, work)
         return cast(T, done)
+
+
+def _as_it_is(value: T) -> T:
+    return value
 
 
 def _task_run_id(promise: Any) -> str | None:

@@ -202,7 +202,7 @@ def test_all_runs_are_asked_what_a_commit_or_some_frames_made(processed, tmp_pat
     root = processed.parents[1]
     done = nearline("catalog", "rebuild", "--root", root, "--catalog", url)
     assert done.exit_code == 0, done.output
-    assert "1 with their provenance" in done.output
+    assert "1 with their provenance" in " ".join(done.output.split())
     store = Processing(processed, "p1")
     chunk = next(store.chunks())
     tables = ProvenanceTables(url)

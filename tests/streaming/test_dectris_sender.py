@@ -243,8 +243,11 @@ def test_nobody_connecting_in_time_is_an_error():
 
 
 def test_a_receiver_that_hangs_at_the_end_is_reported():
-    """Connected, but never reading: the queues fill, and what is left in them is not called sent."""
-    large = np.random.default_rng(0).integers(0, 2**16, (2000, 2000)).astype("uint16")
+    """Connected, but never reading: the queues fill, and what is left in them is not called sent.
+
+    Three frames of 25 MB: two may be in the receiver's queue, and some 10 MB in the kernel's.
+    """
+    large = np.random.default_rng(0).integers(0, 2**16, (3500, 3500)).astype("uint16")
     with DectrisStreamSender(FREE_PORT, receiver_timeout=0.4, high_water_mark=4) as sender:
         context = zmq.Context()
         hung = context.socket(zmq.PULL)

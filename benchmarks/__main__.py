@@ -33,6 +33,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "stall-10GB": stall.measure_long,
     "analysis-sizes": analysis.measure_sizes,
     "flow-30min": flow.measure_long,
+    "flow-beside": flow.measure_beside,
 }
 BUILD = Path(__file__).parents[1] / "build" / "bench"
 log = logging.getLogger("benchmarks")

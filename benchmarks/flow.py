@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from nearline.prefect_server import server_environment, wait_until_healthy
 from storage.run_folder import RunFolder
 from storage.step_store import find_processings
 
-__all__ = ["measure", "measure_long"]
+__all__ = ["measure", "measure_beside", "measure_long"]
 
 log = logging.getLogger("benchmarks")
 
@@ -35,6 +37,7 @@ _FRAMES_PER_CHUNK = 10
 _MOST_SHARE = 5.0
 _LIVE_RATE = 20
 _SAMPLE_S = 5.0
+_FINISHED_RUNS, _FINISHED_CHUNKS = range(1, 6), 60
 # Caches fill and pages are touched before that.
 _WARM_SHARE = 0.25
 _STARTING_S = 180.0
@@ -103,6 +106,43 @@ def measure_long(options: Options) -> list[Figure]:
         figure("chunks sealed and not processed yet", "chunks", lag, higher_is_better=False, target=none),
         figure("their growth, second half less first", "chunks", [later], higher_is_better=False),
     ]
+
+
+def measure_beside(options: Options) -> list[Figure]:
+    """A live flow alone, and with five finished runs being processed anew beside it, as the pool `reprocess` does."""
+    seconds = options.choose(40, 240)
+    frames = FrameSet.make("512", 32)
+    with WorkFolder(options, "flow-beside") as root, _prefect_server(root) as server:
+        for run in _FINISHED_RUNS:
+            stored_run(root / "finished", frames, run, _FINISHED_CHUNKS * _FRAMES_PER_CHUNK, _FRAMES_PER_CHUNK)
+        half_at, other = time.monotonic() + seconds / 2, None
+        alone, beside = [], []
+        for sample in _live_flow(root, server, seconds):
+            if other is None and time.monotonic() > half_at:
+                other = _start_reprocessing(root, frames, server)
+            if other is None:
+                alone.append(float(sample.lag_chunks))
+            elif other.poll() is None:
+                beside.append(float(sample.lag_chunks))
+        n_processed = sum(1 for run in _FINISHED_RUNS for _ in _done_chunks(root / "finished" / EXPERIMENT / str(run)))
+        if not n_processed or not beside:
+            raise RuntimeError(f"nothing was reprocessed:\n{server.children.log('reprocess').read_text()[-3000:]}")
+    more = statistics.mean(beside) - statistics.mean(alone)
+    return [
+        figure("lag of a live flow, mean over 5 s each", "chunks", alone, higher_is_better=False),
+        figure("its lag beside reprocessing", "chunks", beside, higher_is_better=False),
+        figure("more of it on average", "chunks", [more], higher_is_better=False, target=Target("at most", 1.0)),
+        figure("chunks reprocessed meanwhile", "chunks", [float(n_processed)], higher_is_better=True),
+    ]
+
+
+def _start_reprocessing(root: Path, frames: FrameSet, server: "_Server") -> "subprocess.Popen[bytes]":
+    """Like a worker of that pool: a process of its own that gives way."""
+    runs = [f"{EXPERIMENT}/{run}" for run in _FINISHED_RUNS]
+    arguments = f"{runs!r}, {recipe_for(frames).model_dump(mode='json')!r}, root={str(root / 'finished')!r}"
+    script = f"from flows.reprocess_runs import reprocess_runs; reprocess_runs({arguments})"
+    command = ["benchmarks.program", "nice", "-n", "15", sys.executable, "-c", script]
+    return server.children.start("reprocess", command, server.environment)
 
 
 # ---- one processing -----------------------------------------------------------------------------------
@@ -196,11 +236,16 @@ def _live_flow(root: Path, server: _Server, seconds: int) -> Iterator[_Sample]:
         server.children.stop(name)
 
 
+def _done_chunks(folder: Path) -> Iterator[Path]:
+    for processing in find_processings(folder).values():
+        yield from (processing.folder / "chunks").glob("[0-9]*.json")
+
+
 def _sample(folder: Path, flow: psutil.Process) -> _Sample | None:
     processings = find_processings(folder)
     if not processings:
         return None
     n_sealed = len(RunFolder.open(folder).stream("eiger").commits())
-    n_done = sum(1 for p in processings.values() for _ in (p.folder / "chunks").glob("[0-9]*.json"))
+    n_done = sum(1 for _ in _done_chunks(folder))
     memory = sum(p.memory_info().rss for p in (flow, *flow.children(recursive=True)))
     return _Sample(n_done, n_sealed - n_done, memory / (1 << 20))

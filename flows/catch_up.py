@@ -30,13 +30,15 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, State
 from prefect.workers.process import ProcessWorker
 
+from flows.decisions import Decision, decisions_of
 from flows.deploying import api_of, prefect_client
 from flows.experiment import Experiment, recipe_for
+from flows.telling import event_id, tell_again
 from storage.errors import BadRecipe, DeploymentNotFound, NearlineError, ServiceUnavailable
 from storage.models import RunState
 from storage.names import run_key
 from storage.run_folder import RunFolder, find_runs
-from storage.step_store import find_processings
+from storage.step_store import Processing, find_processings
 
 __all__ = ["CatchUp", "Deed"]
 
@@ -54,6 +56,8 @@ _MOST_FAILED, _MOST_CRASHED = 3, 10
 _ACTIVE = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING, StateType.PAUSED]
 _IN_HAND = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 _PAGE = 200
+# So long the flow that made a decision may take to tell it; a server forgets events after days, and so do we.
+_UNTOLD_S, _FORGOTTEN_S = 30.0, 86_400.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Deed:
     """What was done about one run; ``why`` in words."""
 
     run: str
-    action: Literal["started", "ended", "left"]
+    action: Literal["started", "ended", "left", "told"]
     why: str
     flow_run_id: str | None = None
 
@@ -77,6 +81,7 @@ class CatchUp:
         self._patience_s = patience_s
         self._done: set[str] = set()
         self._left: dict[str, str] = {}
+        self._told: set[UUID] = set()
 
     def follow(self, stop: threading.Event, *, every_s: float = LOOK_S) -> Iterator[Deed]:
         """Look again and again until told to stop; a server that is away is waited for."""
@@ -112,6 +117,7 @@ class CatchUp:
                     alive.add(_run_of(flow_run))
             for folder in self._missed(alive):
                 deeds += self._start(client, deployments, folder)
+            deeds += self._tell(client)
         return deeds
 
     # ---- runs on disk -----------------------------------------------------------------------------
@@ -210,6 +216,26 @@ class CatchUp:
         except NearlineError:
             return False
         return any(processing.is_claimed for processing in find_processings(folder.path).values())
+
+    # ---- decisions --------------------------------------------------------------------------------
+
+    def _tell(self, client: SyncPrefectClient) -> Iterator[Deed]:
+        """Tell the server of decisions whose event was lost: it was away when they were made."""
+        waiting = {event_id(decision): decision for decision in self._lately_decided()}
+        new = [decision for known_as, decision in waiting.items() if known_as not in self._told]
+        for decision in tell_again(client, new):
+            yield Deed(decision.run, "told", f"the server did not know that it has enough: {decision.criterion}")
+        self._told = set(waiting)
+
+    def _lately_decided(self) -> Iterator[Decision]:
+        now = datetime.now(UTC)
+        for path in (self._experiment.root / self._experiment.experiment).glob("*/processed/*/decisions.jsonl"):
+            if now.timestamp() - path.stat().st_mtime > _FORGOTTEN_S:
+                continue
+            processing = Processing(path.parents[2], path.parent.name)
+            for decision in decisions_of(processing):
+                if min(_UNTOLD_S, self._patience_s) <= (now - decision.at).total_seconds() < _FORGOTTEN_S:
+                    yield decision
 
 
 def _first_sealed(folder: RunFolder, data_source: str) -> datetime | None:

@@ -6,6 +6,7 @@ from typing import Any
 from prefect import flow
 
 from flows.exports import export_stream
+from flows.giving_way import give_way
 from streaming.retrieval import open_run
 
 __all__ = ["export_nexus"]
@@ -32,6 +33,7 @@ def export_nexus(
     processing : export only the hits of this processing.
     frames_per_file : write a master and data files of so many frames instead of one file.
     """
+    give_way()
     opened = open_run(run, service=service, root=root)
     stream = opened[data_source] if data_source else opened.detector
     return export_stream(

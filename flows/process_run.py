@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
-from prefect.events import emit_event
+from prefect.context import FlowRunContext
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
-from flows.decisions import Decision
 from flows.execution import Execution, Executor, Promise, dask_cluster
 from flows.experiment import RECIPE_PREFIX, load_experiment, resolve_recipe, stop_for
+from flows.giving_way import give_way
 from flows.parameters import (
     DataSources,
     RecipeParameter,
@@ -33,6 +33,7 @@ from flows.parameters import (
 from flows.process_sources import process_sources
 from flows.run_page import RunPage
 from flows.run_processing import ProcessRequest, run_processing
+from flows.telling import tell_enough
 from storage.errors import BadRecipe, ProcessingBusy
 from storage.run_folder import ChunkCommit
 from streaming.retrieval import open_run
@@ -41,6 +42,16 @@ from tasks.chunk_job import ChunkJob, StepGroup
 __all__ = ["process_run"]
 
 log = logging.getLogger("nearline.process")
+
+
+class _Silence(logging.Filter):
+    """Leaves out that a task has finished: its state says so, and a line of log costs the server as much."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or not record.getMessage().startswith("Finished in state")
+
+
+logging.getLogger("prefect.task_runs").addFilter(_Silence())
 
 T = TypeVar("T")
 
@@ -104,6 +115,7 @@ def process_run(
     that somebody else is at. If somebody else is at it already, the flow run completes as *Claimed elsewhere*,
     and there is no summary.
     """
+    give_way()
     flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
 
     def process(source: str | None) -> dict[str, Any]:
@@ -136,18 +148,6 @@ def _stop_of(recipe: str | dict[str, Any], run: str, service: str | None, root: 
         return ()
     header = open_run(run, service=service, root=root).header
     return stop_for(load_experiment(recipe.removeprefix(RECIPE_PREFIX)), header.run, header.sample)
-
-
-def tell_enough(decision: Decision) -> None:
-    """Say as a Prefect event that a run has enough; an automation may act on it."""
-    emit_event(
-        "nearline.run.enough",
-        resource={
-            "prefect.resource.id": f"nearline.run.{decision.run.replace('/', '.')}",
-            "prefect.resource.name": decision.run,
-        },
-        payload={"name": decision.run, **decision.model_dump(mode="json")},
-    )
 
 
 def _recipe_content(recipe: str | dict[str, Any], run: str, service: str | None, root: str | None) -> dict[str, Any]:
@@ -215,11 +215,19 @@ class _TaskExecutor:
 
     def task_runs(self, chunk: int) -> dict[str, str]:
         ids = {name: _task_run_id(promise) for name, promise in self._tasks.pop(chunk, {}).items()}
+        _forget_results()
         return {name: task_run for name, task_run in ids.items() if task_run is not None}
 
     def export(self, run: str, commit: ChunkCommit, work: Callable[[], T]) -> T:
         done: Any = _export_task(run, commit.chunk, commit.start, commit.stop - 1, work)
         return cast(T, done)
+
+
+def _forget_results() -> None:
+    """Prefect keeps the result of every task to find dependencies: in a run of hours, hundreds of megabytes."""
+    context = FlowRunContext.get()
+    if context is not None:
+        context.run_results.clear()
 
 
 def _as_it_is(value: T) -> T:

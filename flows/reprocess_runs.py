@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from prefect import flow, runtime, tags
 
 from flows.deployed import find_deployment, processing_of, start_deployed, wait_for_flow_run
+from flows.giving_way import give_way
 from flows.markdown_page import MarkdownPage
 from flows.parameters import DataSource, RecipeParameter, Root, ServiceAddress, Threads, described
 from flows.process_run import process_run
@@ -72,6 +73,7 @@ def reprocess_runs(
     The summary says for each run what came out and how many chunks of each step were reused and computed. If runs
     failed, the others are done all the same, and the flow ends as failed and names them.
     """
+    give_way()
     loaded = load_recipe(recipe)
     chosen = choose_runs(runs, where, service=service, root=root)
     place = Place(service, root, data_source)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,12 +40,14 @@ class Program:
 
     is_ready : asked at its first start until it says yes; what comes after it needs it.
     patience_s : how long that may take, s.
+    niceness : added to ours; it and what it starts give way to the others by so much, 0 to 19.
     """
 
     name: str
     command: tuple[str, ...]
     is_ready: Callable[[], bool] = lambda: True
     patience_s: float = 60.0
+    niceness: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,18 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(_begin, program.niceness),
             )
 
     def _said(self, kept: _Kept, n_lines: int = _LAST_WORDS) -> str:
         path = self.log(kept.program.name)
         lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return f"its log {path} ends:{' ' if n_lines == 1 else chr(10)}" + "\n".join(lines[-n_lines:])
+
+
+def _begin(niceness: int) -> None:
+    die_with_parent()
+    os.nice(niceness)
 
 
 def _status(kept: _Kept, now: float) -> ProgramStatus:

@@ -40,6 +40,8 @@ _LOOK_S = 0.5
 _COUNT_S = 5.0
 _STATUS_S = 1.0
 _MOST_SAID = 6
+# What can wait leaves the cores to frames and live analysis.
+_GIVES_WAY = 15
 _STYLES = {"running": "green", "waiting": "bold red", "stopped": "dim"}
 
 
@@ -191,9 +193,9 @@ class Up:
         experiment = self._experiment
         yield Program("relay", ("nearline.cli", "relay", "--root", str(experiment.root)))
         pools, host = experiment.deployment.pools, socket.gethostname()
-        for pool in (pools.live, pools.reprocess, pools.export):
+        for pool, niceness in ((pools.live, 0), (pools.reprocess, _GIVES_WAY), (pools.export, _GIVES_WAY)):
             worker = ("prefect", "worker", "start", "--type", "process", "--pool", pool.name)
-            yield Program(f"worker-{pool.name}", (*worker, "--name", f"{host}-{pool.name}"))
+            yield Program(f"worker-{pool.name}", (*worker, "--name", f"{host}-{pool.name}"), niceness=niceness)
         if experiment.file is not None:
             yield Program("catch-up", ("nearline.cli", "catch-up", str(experiment.file)))
 

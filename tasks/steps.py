@@ -111,7 +111,7 @@ class Step:
             if is_infinite and value != getattr(self.params, name, None):
                 raise ValueError(f"{name}: {value} is not a usable number")
         try:
-            return TypeAdapter(self.params).validate_python(dict(given))
+            return _reader(self.params).validate_python(dict(given))
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(problems) from None
@@ -144,6 +144,12 @@ def library_versions() -> dict[str, str]:
 def source_digest(*modules: ModuleType) -> str:
     """sha256 over the source text of modules, hex."""
     return hashlib.sha256("".join(_source_of(module) for module in modules).encode()).hexdigest()
+
+
+@functools.cache
+def _reader(params: type) -> TypeAdapter[Any]:
+    """Made once: that takes longer than reading the parameters of a chunk."""
+    return TypeAdapter(params)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ b in the xy plane. ``det(A) > 0`` always; a negative one is the mirror image of 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
@@ -226,12 +226,18 @@ def lattice_rotations(cell: UnitCell, tolerance: float = 2e-3) -> np.ndarray:
     T = cell.primitive_rows
     rows = T @ np.linalg.inv(cell.B)
     metric = rows @ rows.T
-    candidates = np.array(list(product((-1, 0, 1), repeat=9))).reshape(-1, 3, 3)
-    candidates = candidates[np.rint(np.linalg.det(candidates)) == 1]
+    candidates = _unimodular()
     moved = candidates @ metric @ candidates.transpose(0, 2, 1)
     scale = np.sqrt(np.outer(np.diag(metric), np.diag(metric)))
     kept = candidates[(np.abs(moved - metric) <= 2 * tolerance * scale).all(axis=(1, 2))]
     return np.rint(np.linalg.inv(T) @ kept @ T).astype(int)
+
+
+@cache
+def _unimodular() -> np.ndarray:
+    """(n, 3, 3) int: the matrices of elements -1, 0, 1 and determinant 1."""
+    every = np.array(list(product((-1, 0, 1), repeat=9))).reshape(-1, 3, 3)
+    return every[np.rint(np.linalg.det(every)) == 1]
 
 
 def same_orientation(

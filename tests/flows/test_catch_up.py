@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from uuid import UUID
 
 import pytest
@@ -11,9 +12,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled, Failed, Running
 
 from flows.catch_up import CatchUp
+from flows.decisions import decisions_of
 from flows.deploying import deploy, prefect_client, undeploy
 from flows.experiment import Experiment, load_experiment
 from flows.run_processing import ProcessRequest, run_processing
+from flows.telling import event_id
 from storage.errors import DeploymentNotFound, ServiceUnavailable
 from storage.step_store import Processing
 
@@ -81,6 +84,34 @@ def test_a_processed_run_is_left_alone(deployed):
     recipe = {"steps": [{"use": "find_peaks"}]}
     run_processing(ProcessRequest(run=str(experiment.root / "lyso" / "1"), recipe=recipe))
     assert catch_up(experiment, api) == []
+
+
+def test_a_decision_that_the_server_missed_is_told_once(deployed):
+    experiment, api = deployed
+    recipe, run = {"steps": [{"use": "find_peaks"}]}, str(experiment.root / "lyso" / "1")
+    run_processing(ProcessRequest(run=run, recipe=recipe, stop=("n_frames >= 5",)))  # nobody is told
+    looks = CatchUp(experiment, api, patience_s=0)
+    (deed,) = looks.look()
+    assert (deed.run, deed.action) == ("lyso/1", "told")
+    assert "n_frames >= 5" in deed.why
+    assert looks.look() == []
+    (decision,) = decisions_of(Processing(experiment.root / "lyso" / "1", "p1"))
+    event = wait_for_event(api, event_id(decision))
+    assert event["event"] == "nearline.run.enough"
+    assert event["payload"]["values"] == {"n_frames": 10.0}
+    assert catch_up(experiment, api) == [], "another catch-up finds it on the server"
+
+
+def wait_for_event(api: str, known_as: UUID) -> dict:
+    """The server writes events in batches."""
+    deadline = time.monotonic() + 30
+    with prefect_client(api) as client:
+        while True:
+            answer = client.request("POST", "/events/filter", json={"filter": {"id": {"id": [str(known_as)]}}})
+            if events := answer.json()["events"]:
+                return events[0]
+            assert time.monotonic() < deadline, "the event did not arrive"
+            time.sleep(0.2)
 
 
 def test_a_run_that_somebody_works_on_is_left_alone(deployed):

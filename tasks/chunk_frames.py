@@ -1,6 +1,7 @@
 """A chunk as a step sees it: its frames, decoded one by one, with header, geometry and mask."""
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from storage.codec import decode
+from storage.codec import decode, decode_into
 from storage.errors import ShapeMismatch
 from storage.frame import RawFrame
 from storage.geometry import Geometry
@@ -21,6 +22,7 @@ __all__ = ["ChunkFrames", "usable_mask"]
 T = TypeVar("T")
 # NXmx: analysis skips a pixel when any of these bits is set; bit 31 (virtual pixel) is no reason.
 _BAD_BITS = 0xFFFF
+_of_thread = threading.local()
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,28 @@ class ChunkFrames:
             return frame
         return bin_frame(frame, self.detector_mask, self.binning, self.saturation_value)[0]
 
+    def borrowed(self, position: int) -> np.ndarray:
+        """As `data`, in memory that this thread's next call fills anew: fresh pages for each large frame cost more than
+        decoding into old ones.
+        """
+        if self.binning > 1:
+            return self.data(position)
+        header = self.header
+        return decode_into(self.frames[position].blob, _memory_of_thread(header.shape, header.dtype), header.codec)
+
     def map(self, function: Callable[[int], T]) -> list[T]:
         """``function(position)`` for each frame, spread over threads; results in index order."""
         if self.n_threads <= 1 or len(self) <= 1:
             return [function(position) for position in range(len(self))]
         with ThreadPoolExecutor(self.n_threads) as pool:
             return list(pool.map(function, range(len(self))))
+
+
+def _memory_of_thread(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    memory = getattr(_of_thread, "memory", None)
+    if memory is None or memory.shape != tuple(shape) or memory.dtype != np.dtype(dtype):
+        memory = _of_thread.memory = np.empty(shape, dtype)
+    return memory
 
 
 def usable_mask(pixel_mask: np.ndarray | None, shape: tuple[int, ...], user_mask: np.ndarray | None) -> np.ndarray:

@@ -11,7 +11,10 @@ A lattice is accepted for the number and the fraction of spots it explains, and 
 agreement is improbable by chance over all orientations that could have been tried.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -110,6 +113,7 @@ class Indexer:
         self._to_primitive = cell.primitive_rows
         # Right-handed rows of the reduced primitive cell in the crystal frame.
         self._rows = self._to_primitive @ np.linalg.inv(cell.B)
+        self._B = np.linalg.inv(self._rows)
         self._strains = strain_basis(cell) if self.params.refine_cell else np.empty((0, 3, 3))
         self._axes = _distinct_axes(self._rows)
         self._has_opposite = [_has_twofold_across(cell, i, self._rows) for i in range(3)]
@@ -143,50 +147,73 @@ class Indexer:
         return found
 
     def _one_lattice(self, q: np.ndarray, intensity: np.ndarray | None, known: list[Crystal]) -> Crystal | None:
-        search = self._search_spots(q, intensity)
         accepted: list[Crystal] = []
         for scale in self.params.length_scales:
-            starts = [self._settled(search, start) for start in self._starts(search, scale)]
-            starts.sort(key=lambda s: -s.n_used)
-            refined = [self._refined(q, start) for start in starts[:_N_REFINED]]
-            new = [c for c in refined if c is not None and not any(self._is_same(c, other) for other in known)]
-            best = min(new, key=lambda c: c.log10_chance, default=None)
-            if best is not None and self._is_accepted(best):
+            for n_spots, axes in self._searches(len(q)):
+                best = self._searched(q, self._search_spots(q, intensity, n_spots), axes, scale, known)
+                if best is None:
+                    continue
                 accepted.append(best)
                 # A long axis taken at a wrong length explains part of the spots; another scale may explain all.
                 if best.n_indexed >= _CONVINCING * best.n_spots:
-                    break
+                    return min(accepted, key=lambda c: c.log10_chance)
         return min(accepted, key=lambda c: c.log10_chance, default=None)
 
-    def _search_spots(self, q: np.ndarray, intensity: np.ndarray | None) -> np.ndarray:
-        n = self.params.n_search_spots
+    def _searches(self, n_spots: int) -> Iterator[tuple[int, list[int]]]:
+        """(spots, axes) of the searches at one scale, the cheap ones first: one of them finds most lattices."""
+        few, many = min(_N_FEW, self.params.n_search_spots), self.params.n_search_spots
+        yield few, self._axes[:1]
+        if len(self._axes) > 1:
+            yield few, self._axes[1:]
+        if min(n_spots, many) > few:
+            yield many, self._axes
+
+    def _searched(
+        self, q: np.ndarray, search: np.ndarray, axes: list[int], scale: float, known: list[Crystal]
+    ) -> Crystal | None:
+        starts = []
+        for start in self._starts(search, axes, scale):
+            starts.append(self._settled(search, start))
+            if starts[-1].n_used >= _PLAIN * len(search):
+                break
+        starts.sort(key=lambda s: -s.n_used)
+        found: list[Crystal] = []
+        for start in starts[:_N_REFINED]:
+            crystal = self._refined(q, start, len(search))
+            if crystal is None or not self._is_accepted(crystal) or any(self._is_same(crystal, c) for c in known):
+                continue
+            found.append(crystal)
+            if crystal.n_indexed >= _PLAIN * crystal.n_spots:
+                break
+        return min(found, key=lambda c: c.log10_chance, default=None)
+
+    def _search_spots(self, q: np.ndarray, intensity: np.ndarray | None, n: int) -> np.ndarray:
         if intensity is None or len(q) <= 2 * n:
             return q[:n]
         strong = np.sort(np.argsort(-intensity[: 2 * n], kind="stable")[:n])
         return q[strong]
 
-    def _starts(self, q: np.ndarray, scale: float) -> list[np.ndarray]:
-        """Orientation times scale, (3, 3), of the most promising cells, best first."""
+    def _starts(self, q: np.ndarray, axes: list[int], scale: float) -> np.ndarray:
+        """(n, 3, 3): orientation times scale of the most promising cells, best first."""
         q_max = float(np.linalg.norm(q, axis=1).max())
-        scored: list[tuple[float, np.ndarray]] = []
-        for axis in self._axes:
+        score, turned = np.empty(0), np.empty((0, 3, 3))
+        for axis in axes:
             vectors = _axis_candidates(q, scale * float(np.linalg.norm(self._rows[axis])), q_max)
             for sign in (1,) if self._has_opposite[axis] else (1, -1):
-                scored += _turned_cells(q, self._rows, axis, sign * vectors, q_max)
-        scored.sort(key=lambda item: -item[0])
-        return [m for _, m in scored[:_N_STARTS]]
+                value, cells = _turned_cells(q, self._rows, axis, sign * vectors, _n_turns(self._rows, axis, q_max))
+                score, turned = np.concatenate([score, value]), np.concatenate([turned, cells])
+        return turned[np.argsort(-score, kind="stable")[:_N_STARTS]]
 
     def _settled(self, q: np.ndarray, start: np.ndarray) -> "_Start":
         """A start after refinement with the search spots, and how many of them it explains."""
-        U, stretch = _polar(start)
-        # `start` scales real lengths, so reciprocal ones go the other way.
-        B = np.linalg.inv(self._rows) / np.cbrt(np.linalg.det(stretch))
-        return _Start(*self._refine(q, _Start(U, B, np.zeros(2), 0)))
+        # It scales real lengths, so reciprocal ones go the other way.
+        scale = np.cbrt(np.linalg.det(start))
+        return _Start(*self._refine(q, _Start(start / scale, self._B / scale, np.zeros(2), 0)))
 
-    def _refined(self, q: np.ndarray, start: "_Start") -> Crystal | None:
-        """Refined outward: more spots each time, so that far indices are right before they count."""
+    def _refined(self, q: np.ndarray, start: "_Start", n: int) -> Crystal | None:
+        """Refined outward from n spots: more each time, so that far indices are right before they count."""
         p = self.params
-        n, last = p.n_search_spots, min(p.max_spots, len(q))
+        last = min(p.max_spots, len(q))
         while n < last:
             n = min(int(_GROWTH * n), last)
             start = _Start(*self._refine(q[:n], start))
@@ -200,7 +227,7 @@ class Indexer:
     def _refine(self, q: np.ndarray, start: "_Start") -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         p = self.params
         return _refine(
-            q, start.U, start.B, start.shift, np.linalg.inv(self._rows), self._strains, self.wavelength,
+            q, start.U, start.B, start.shift, self._rows, self._strains, self.wavelength,
             p.radial_weight, p.tolerance, p.shift_sigma if p.refine_shift else 0.0, p.strain_sigma,
         )  # fmt: skip
 
@@ -267,12 +294,18 @@ class _Start:
     n_used: int
 
 
+# Spots of the first, cheap search; starts that are refined with them, and how many of these with all spots.
+_N_FEW = 40
 _N_STARTS = 16
 _N_REFINED = 3
 # Explained fraction with which the search ends, and growth of the spots used from one refinement to the next.
 _CONVINCING, _GROWTH = 0.6, 1.6
+# With such a part of the spots explained nothing better will be found.
+_PLAIN = 0.85
 _N_VECTORS = 32
 _N_CYCLES = 12
+# Cycles in which the tolerance still shrinks, and the largest step (rad, relative) after which nothing changes.
+_N_NARROWING, _SETTLED = 5, 1e-7
 # 1/Å; no crystal here has a cell edge of 1 µm.
 _BEAM = 1e-4
 # Two lattices closer than this are one crystal with a wide mosaic spread.
@@ -316,16 +349,11 @@ def _true_q(q: np.ndarray, shift: np.ndarray, wavelength: float) -> np.ndarray:
     return (ray - [0.0, 0.0, 1.0]) / wavelength
 
 
-def _polar(M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M = U P with a rotation U and symmetric P."""
-    u, s, vt = np.linalg.svd(M)
-    return u @ vt, vt.T * s @ vt
-
-
 def _distinct_axes(rows: np.ndarray) -> list[int]:
-    """Axes of different length: equal ones would be found by the same search."""
+    """Axes of different length, the short, cheap ones first: equal ones would be found by the same search."""
     lengths = np.linalg.norm(rows, axis=1)
-    return [i for i in range(3) if all(abs(lengths[i] - lengths[j]) > 0.005 * lengths[i] for j in range(i))]
+    distinct = [i for i in range(3) if all(abs(lengths[i] - lengths[j]) > 0.005 * lengths[i] for j in range(i))]
+    return sorted(distinct, key=lambda i: float(lengths[i]))
 
 
 def _has_twofold_across(cell: UnitCell, axis: int, rows: np.ndarray) -> bool:
@@ -334,6 +362,7 @@ def _has_twofold_across(cell: UnitCell, axis: int, rows: np.ndarray) -> bool:
     return bool((np.linalg.norm(turns @ rows[axis] + rows[axis], axis=1) < 0.01 * np.linalg.norm(rows[axis])).any())
 
 
+@lru_cache(maxsize=12)
 def _half_sphere(n: int) -> np.ndarray:
     """(3, n) float32, nearly even directions by the Fibonacci lattice."""
     p = np.arange(n)
@@ -342,11 +371,16 @@ def _half_sphere(n: int) -> np.ndarray:
     return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z]).astype(np.float32)
 
 
+def _rounded_up(n: float) -> int:
+    """To the next power of 1.2, so that a few sets of directions serve all frames."""
+    return math.ceil(1.2 ** math.ceil(math.log(n) / math.log(1.2)))
+
+
 def _axis_candidates(q: np.ndarray, length: float, q_max: float) -> np.ndarray:
     """Refined real-space vectors, (n, 3) Å, of about this length that make q.v near-integer."""
     # The last spot may be off by 0.15 fringes halfway between two directions.
     spacing = 0.3 / (length * q_max)
-    n = int(np.clip(2 * np.pi / spacing**2, 2000, 400_000))
+    n = _rounded_up(float(np.clip(2 * np.pi / spacing**2, 2000, 400_000)))
     directions = _half_sphere(n)
     score = np.empty(n, np.float32)
     _score_directions((q * length).astype(np.float32), directions, np.float32(_CLIP**2), score)
@@ -420,39 +454,54 @@ def _refine_vectors(q, vectors):
     return out
 
 
-def _turned_cells(
-    q: np.ndarray, rows: np.ndarray, axis: int, vectors: np.ndarray, q_max: float
-) -> list[tuple[float, np.ndarray]]:
-    """The cell laid on each vector and turned about it: (score, rotation x scale) of the best turns."""
-    others = [i for i in range(3) if i != axis]
+def _n_turns(rows: np.ndarray, axis: int, q_max: float) -> int:
+    """Steps of a full turn about an axis between which the farthest spot is off by 0.15 fringes."""
     unit = rows[axis] / np.linalg.norm(rows[axis])
-    across = [rows[i] - (rows[i] @ unit) * unit for i in others]
-    reach = max(np.linalg.norm(v) for v in across)
-    n_turns = int(np.clip(2 * np.pi * reach * q_max / 0.3, 90, 3000))
-    results = []
-    frame0 = _frame_on(unit, across[0])
-    for vector in vectors:
-        length = np.linalg.norm(vector)
-        scale = float(np.clip(length / np.linalg.norm(rows[axis]), 0.96, 1.04))
-        frame = _frame_on(vector / length, np.array([1.0, 0.3, 0.2]))
-        local = q @ frame * scale
-        best, score = _best_turns(local, rows @ frame0, axis, n_turns)
-        for turn, value in zip(best, score, strict=True):
-            angle = 2 * np.pi * turn / n_turns
+    reach = np.linalg.norm(rows - (rows @ unit)[:, None] * unit, axis=1).max()
+    return int(np.clip(2 * np.pi * reach * q_max / 0.3, 90, 3000))
+
+
+@njit(cache=True, nogil=True)
+def _turned_cells(q, rows, axis, vectors, n_turns):
+    """The cell laid on each vector and turned about it: score (2n,), rotation x scale (2n, 3, 3) of the best turns."""
+    n = vectors.shape[0]
+    score, cells = np.empty(2 * n), np.empty((2 * n, 3, 3))
+    edge = np.sqrt(np.sum(rows[axis] ** 2))
+    unit = rows[axis] / edge
+    frame0 = _frame_on(unit, rows[(axis + 1) % 3])
+    own = rows @ frame0
+    hint = np.array([1.0, 0.3, 0.2])
+    for i in range(n):
+        length = np.sqrt(np.sum(vectors[i] ** 2))
+        scale = min(max(length / edge, 0.96), 1.04)
+        frame = _frame_on(vectors[i] / length, hint)
+        turns, values = _best_turns((q @ frame) * scale, own, axis, n_turns)
+        for j in range(2):
+            angle = 2 * np.pi * turns[j] / n_turns
             c, s = np.cos(angle), np.sin(angle)
-            spin = np.array([[1.0, 0, 0], [0, c, -s], [0, s, c]])
+            spin = np.array([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
+            score[2 * i + j] = values[j]
             # reciprocal lengths shrink as real ones grow; only the determinant is read from the scale
-            results.append((float(value), frame @ spin @ frame0.T * scale))
-    return results
+            cells[2 * i + j] = frame @ spin @ frame0.T * scale
+    return score, cells
 
 
-def _frame_on(unit: np.ndarray, hint: np.ndarray) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def _frame_on(unit, hint):
     """(3, 3), columns: unit, and two directions across it, right-handed; the first towards the hint."""
-    first = hint - (hint @ unit) * unit
-    if np.linalg.norm(first) < 1e-6:
-        first = np.cross(unit, [0.0, 0.0, 1.0] if abs(unit[2]) < 0.9 else [1.0, 0.0, 0.0])
-    first = first / np.linalg.norm(first)
-    return np.column_stack([unit, first, np.cross(unit, first)])
+    first = hint - np.sum(hint * unit) * unit
+    size = np.sqrt(np.sum(first**2))
+    if size < 1e-6:
+        other = np.array([0.0, 0.0, 1.0]) if abs(unit[2]) < 0.9 else np.array([1.0, 0.0, 0.0])
+        first = other - np.sum(other * unit) * unit
+        size = np.sqrt(np.sum(first**2))
+    first = first / size
+    frame = np.empty((3, 3))
+    frame[:, 0], frame[:, 1] = unit, first
+    for a in range(3):
+        b, c = (a + 1) % 3, (a + 2) % 3
+        frame[a, 2] = unit[b] * first[c] - unit[c] * first[b]
+    return frame
 
 
 @njit(cache=True, nogil=True)
@@ -497,7 +546,7 @@ def _best_turns(q, rows, axis, n_turns):
 
 
 @njit(cache=True, nogil=True)
-def _refine(q, U, B, shift, B0, strains, wavelength, radial_weight, tolerance, shift_sigma, strain_sigma):
+def _refine(q, U, B, shift, rows, strains, wavelength, radial_weight, tolerance, shift_sigma, strain_sigma):
     """Gauss-Newton of orientation, strain and shift on the spots that fit, while the tolerance shrinks.
 
     Residual of a spot: q_observed - shift effect - U B h; across the ray it is measured by the
@@ -509,7 +558,7 @@ def _refine(q, U, B, shift, B0, strains, wavelength, radial_weight, tolerance, s
     m = 3 + n_strain + n_shift
     shift, n_used = shift.copy(), 0
     wanted = 1 - radial_weight * radial_weight
-    total, so_far = np.zeros(n_strain), B @ np.linalg.inv(B0) - np.eye(3)
+    total, so_far = np.zeros(n_strain), B @ rows - np.eye(3)
     for i in range(n_strain):
         total[i] = np.sum(strains[i] * so_far)
     derivative, columns = np.empty((n_strain, 3, 3)), np.empty((m, 3))
@@ -560,6 +609,8 @@ def _refine(q, U, B, shift, B0, strains, wavelength, radial_weight, tolerance, s
         B = change @ B
         for a in range(n_shift):
             shift[a] += step[3 + n_strain + a]
+        if cycle > _N_NARROWING and np.abs(step).max() < _SETTLED:
+            break
     return U, B, shift, n_used
 
 

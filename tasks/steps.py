@@ -30,7 +30,7 @@ from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.masks import array_digest
 from storage.step_store import Tables
-from tasks import bin_frames, chunk_frames, find_peaks, index_frame, unit_cell
+from tasks import bin_frames, chunk_frames, find_peaks, index_frame, ring_statistics, unit_cell
 from tasks import integrate_spots as integrate_spots_module
 from tasks import predict_spots as predict_spots_module
 from tasks.bin_frames import bin_frame
@@ -266,7 +266,7 @@ def run_bin(chunk: ChunkFrames, params: BinParams, cell: UnitCell | None, upstre
 def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
     """Peaks of each frame, and whether it is a hit."""
     finder = _finder_for(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
-    tables = chunk.map(lambda position: _in_detector_px(finder(chunk.data(position)), chunk))
+    tables = chunk.map(lambda position: _in_detector_px(finder(chunk.borrowed(position)), chunk))
     n_peaks = np.array([len(t) for t in tables], np.int64)
     peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
     columns: dict[str, Any] = {"frame_index": np.repeat(chunk.frame_index, n_peaks)}
@@ -296,7 +296,7 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
     assert cell is not None
     peaks, hit = _table(upstream, "peaks"), _frame_column(upstream, "hit")
     geometry = chunk.detector_geometry
-    indexer = Indexer(cell, geometry.wavelength, params)
+    indexer = _indexer_for(cell, geometry.wavelength, params)
     rows = _rows_by_frame(peaks, chunk.frame_index)
 
     def one(position: int) -> list[Crystal]:
@@ -313,13 +313,27 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
     }
 
 
+@functools.lru_cache(maxsize=_KEEP_FINDERS)
+def _indexer_for(cell: UnitCell, wavelength: float, params: IndexParams) -> Indexer:
+    """Kept from chunk to chunk: preparing one takes as long as indexing several frames."""
+    return Indexer(cell, wavelength, params)
+
+
+@functools.lru_cache(maxsize=_KEEP_FINDERS)
+def _indices_within(cell: UnitCell, q_max: float) -> np.ndarray:
+    """(n, 3): reflections that may be seen at all; tens of milliseconds to list."""
+    hkl = cell.hkl_within(q_max)
+    hkl.flags.writeable = False
+    return hkl
+
+
 def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
     """Intensities on the predicted positions of each indexed lattice."""
     assert cell is not None
     geometry = chunk.geometry
     crystals, peaks = _table(upstream, "crystals"), _table(upstream, "peaks")
     rows, peak_rows = _rows_by_frame(crystals, chunk.frame_index), _rows_by_frame(peaks, chunk.frame_index)
-    hkl = cell.hkl_within(1 / params.d_min if params.d_min else _largest_q(geometry))
+    hkl = _indices_within(cell, 1 / params.d_min if params.d_min else _largest_q(geometry))
     rings = _kernel_params(params, IntegrationParams, chunk)
 
     def one(position: int) -> list[_Integrated]:
@@ -329,7 +343,7 @@ def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | 
         q = _scattering_vectors(chunk.detector_geometry, peaks.slice(*peak_rows[position]))
         radii = [profile_radius(crystal, q, geometry.wavelength) for crystal in found]
         predicted = [predict_spots(c, geometry, r, hkl) for c, r in zip(found, radii, strict=True)]
-        frame = chunk.data(position)
+        frame = chunk.borrowed(position)
         return [
             _Integrated(
                 _integrate(frame, chunk, mine, rings, _others(predicted, number)),
@@ -527,7 +541,7 @@ _QUALITY_SCHEMA = pa.schema(
 
 STEPS: dict[str, Step] = {
     "bin": Step(BinParams, run_bin, (bin_frames,)),
-    "find_peaks": Step(FindPeaksParams, run_find_peaks, (find_peaks,)),
+    "find_peaks": Step(FindPeaksParams, run_find_peaks, (find_peaks, ring_statistics)),
     "index": Step(IndexParams, run_index, (index_frame, unit_cell), needs_cell=True),
     "integrate": Step(
         IntegrateParams, run_integrate, (predict_spots_module, integrate_spots_module, unit_cell), needs_cell=True

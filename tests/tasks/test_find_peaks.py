@@ -194,3 +194,47 @@ def test_one_finder_serves_many_threads():
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(finder, frames))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def candidates_pixel_by_pixel(frame, mask, upper, panels):
+    """Pixels above the limit of their ring, inside the panels, by the plain definition."""
+    radius = np.rint(GEOMETRY.radius_px(0)).astype(int)
+    above = (frame > upper[radius]) & (mask == 0) & (frame < np.iinfo(frame.dtype).max)
+    inner = np.zeros(frame.shape, bool)
+    for y0, y1, x0, x1 in panels:
+        inner[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = True
+    return above & inner
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "uint32"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_search_in_pieces_finds_what_a_search_of_every_pixel_finds(dtype, seed):
+    rng = np.random.default_rng(seed)
+    frame = rng.poisson(2, SHAPE).astype(dtype)
+    mask = (rng.uniform(size=SHAPE) < 0.05).astype(np.uint8)
+    mask[:, 40:47] = 1
+    frame[mask != 0] = np.iinfo(frame.dtype).max
+    # Single pixels, so that each candidate is a peak of its own.
+    y, x = np.mgrid[2 : SHAPE[0] - 2 : 9, 2 : SHAPE[1] - 2 : 9].reshape(2, -1)
+    shown = rng.uniform(size=len(y)) < 0.5
+    frame[y[shown], x[shown]] = 100
+    finder = PeakFinder(GEOMETRY, mask, PeakParams(threshold=20, min_pix_count=1))
+    _, upper = finder.thresholds(frame)
+    expected = np.argwhere(candidates_pixel_by_pixel(frame, mask, upper, [(0, SHAPE[0], 0, SHAPE[1])]))
+    found = finder(frame)
+    at = np.column_stack([found["y"], found["x"]]) - 0.5
+    assert len(expected) > 20
+    np.testing.assert_array_equal(np.rint(at).astype(int), expected)
+    np.testing.assert_array_equal(finder(frame), found, "the marks of the first search are gone")
+
+
+def test_a_frame_full_of_candidates_leaves_no_marks():
+    rng = np.random.default_rng(5)
+    quiet, loud = rng.poisson(1, SHAPE).astype(np.uint16), np.full(SHAPE, 500, np.uint16)
+    loud[::2, ::2] = 0
+    finder = PeakFinder(GEOMETRY, CLEAR)
+    one_spot = with_spot(quiet, 20, 30, SPOT)
+    before = finder(one_spot)
+    finder(loud)
+    np.testing.assert_array_equal(finder(one_spot), before)
+    assert len(before) == 1

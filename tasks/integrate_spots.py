@@ -116,7 +116,7 @@ def integrate_spots(
     )
     values, fate = np.empty((len(x), 4)), np.empty(len(x), np.uint8)
     _sum_rings(
-        np.ascontiguousarray(frame), np.ascontiguousarray(mask != 0), covered, x, y, bounds[predictions["panel"]],
+        np.ascontiguousarray(frame), mask if mask.dtype == np.uint8 else mask != 0, covered, x, y, bounds[predictions["panel"]],
         disc, ring, p.gain, _largest(frame.dtype, p.saturation), p.min_background_pixels, p.implausible_sigma,
         values, fate,
     )  # fmt: skip

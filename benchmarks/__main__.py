@@ -9,7 +9,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import analysis, catalysis_loop, codec, flow, live, read, report, small, stall, store, wire
+from benchmarks import (
+    analysis,
+    catalysis_loop,
+    codec,
+    crystallography,
+    flow,
+    live,
+    read,
+    report,
+    small,
+    stall,
+    store,
+    wire,
+)
 from benchmarks.frames import Options
 from benchmarks.measure import Figure
 
@@ -32,6 +45,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "wire-16M-60s": wire.measure_large_long,
     "stall-10GB": stall.measure_long,
     "analysis-sizes": analysis.measure_sizes,
+    "crystallography": crystallography.measure,
     "flow-30min": flow.measure_long,
     "flow-beside": flow.measure_beside,
 }

@@ -23,7 +23,7 @@ from tasks.process_chunk import process_chunk
 from tasks.recipe import Recipe, crystallography
 from tasks.unit_cell import UnitCell
 
-__all__ = ["N_THREADS", "measure", "measure_sizes", "recipe_for"]
+__all__ = ["N_THREADS", "Verdict", "measure", "measure_sizes", "recipe_for"]
 
 N_THREADS = 2
 _FEWEST_PEAKS = 15
@@ -50,7 +50,7 @@ def _cell(frames: FrameSet) -> UnitCell:
     return UnitCell(*crystal.cell, crystal.space_group)
 
 
-class _Verdict:
+class Verdict:
     """From compressed bytes to: blank, or a hit with its lattice and intensities."""
 
     def __init__(self, frames: FrameSet) -> None:
@@ -87,7 +87,7 @@ class _Verdict:
 
 def _of_frames(options: Options, size: str) -> list[Figure]:
     frames = FrameSet.make(size, 8)
-    verdict = _Verdict(frames)
+    verdict = Verdict(frames)
     blank, hit = frames.first(is_hit=False), frames.first(is_hit=True)
     dark, bright, blob = frames.pixels(blank), frames.pixels(hit), frames.blob(hit)
     peaks = verdict.find(bright)

@@ -17,7 +17,7 @@ from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest
 from storage.models import RunHeader, StreamHeader
 from storage.run_folder import RunFolder
 from storage.stream_store import StreamStore
-from streaming.simulator import FrameTruth, SimulatorSettings, StillSimulator, make_frames
+from streaming.simulator import FrameTruth, SimulatorSettings, StillPhysics, StillSimulator, make_frames
 
 __all__ = [
     "EXPERIMENT",
@@ -105,9 +105,16 @@ class FrameSet:
 
     @classmethod
     @cache
-    def make(cls, size: str, n_unique: int, dtype: Literal["uint16", "uint32"] = "uint16") -> "FrameSet":
-        """The same frames every time, each a hit by the toss of a coin; made once per process."""
-        simulator = SimulatorSettings(size=size, dtype=dtype, n_frames=n_unique).simulator()
+    def make(
+        cls, size: str, n_unique: int, dtype: Literal["uint16", "uint32"] = "uint16", weaker: float = 1.0, seed: int = 0
+    ) -> "FrameSet":
+        """The same frames every time, each a hit by the toss of a coin; made once per process.
+
+        weaker : factor by which spots are fainter than usual.
+        """
+        strength = StillPhysics().spot_strength / weaker
+        settings = SimulatorSettings(size=size, dtype=dtype, n_frames=n_unique, spot_strength=strength, seed=seed)
+        simulator = settings.simulator()
         return cls(simulator, *make_frames(simulator, n_unique))
 
     @property

@@ -115,8 +115,10 @@ def integrate_spots(
         [(q.origin[0], q.origin[0] + q.shape[0], q.origin[1], q.origin[1] + q.shape[1]) for q in geometry.panels]
     )
     values, fate = np.empty((len(x), 4)), np.empty(len(x), np.uint8)
+    # A mask of bytes, as the steps have it, is taken as it is: converting it costs as much as the sums.
+    unusable = mask if mask.dtype == np.uint8 else mask != 0
     _sum_rings(
-        np.ascontiguousarray(frame), mask if mask.dtype == np.uint8 else mask != 0, covered, x, y, bounds[predictions["panel"]],
+        np.ascontiguousarray(frame), unusable, covered, x, y, bounds[predictions["panel"]],
         disc, ring, p.gain, _largest(frame.dtype, p.saturation), p.min_background_pixels, p.implausible_sigma,
         values, fate,
     )  # fmt: skip

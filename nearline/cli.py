@@ -16,6 +16,7 @@ import nearline
 from nearline import (
     automation_commands,
     decision_commands,
+    detector_commands,
     experiment_commands,
     group_commands,
     provenance_commands,
@@ -469,6 +470,7 @@ app.add_typer(group_commands.dead_letters, name="dead-letters")
 automation_commands.register(app)
 provenance_commands.register(app)
 decision_commands.register(app)
+detector_commands.register(app)
 
 
 @catalog_app.command("rebuild")

@@ -11,7 +11,14 @@ from numba import njit
 from storage.geometry import Geometry
 from tasks.index_frame import Crystal
 
-__all__ = ["PREDICTION_DTYPE", "crystal_resolution", "predict_spots", "profile_radius", "resolution_limit"]
+__all__ = [
+    "PREDICTION_DTYPE",
+    "crystal_resolution",
+    "predict_spots",
+    "profile_radius",
+    "resolution_limit",
+    "spots_as_seen",
+]
 
 PREDICTION_DTYPE = np.dtype(
     [("h", "i4"), ("k", "i4"), ("l", "i4"), ("x", "f8"), ("y", "f8"), ("excitation", "f8"), ("panel", "i4")]
@@ -74,12 +81,14 @@ def predict_spots(crystal: Crystal, geometry: Geometry, radius: float, hkl: np.n
     """
     rows, q = _near_sphere(np.ascontiguousarray(hkl), crystal.A, 1 / geometry.wavelength, radius)
     hkl, error = hkl[rows], excitation_error(q, geometry.wavelength)
-    tables = [_on_panel(hkl, _as_seen(q, crystal, geometry), error, geometry, p) for p in range(len(geometry.panels))]
+    tables = [
+        _on_panel(hkl, spots_as_seen(q, crystal, geometry), error, geometry, p) for p in range(len(geometry.panels))
+    ]
     table = np.concatenate(tables)
     return table[np.lexsort((table["l"], table["k"], table["h"]))]
 
 
-def _as_seen(q: np.ndarray, crystal: Crystal, geometry: Geometry) -> np.ndarray:
+def spots_as_seen(q: np.ndarray, crystal: Crystal, geometry: Geometry) -> np.ndarray:
     """q as the assumed geometry would compute it from where the spot appears on the shifted detector."""
     ray = q * geometry.wavelength + [0.0, 0.0, 1.0]
     ray = ray / ray[:, 2:] - [crystal.shift[0], crystal.shift[1], 0.0]

@@ -41,7 +41,17 @@ from tasks.integrate_spots import REFLECTION_DTYPE, Integration, IntegrationPara
 from tasks.predict_spots import crystal_resolution, predict_spots, profile_radius
 from tasks.unit_cell import UnitCell
 
-__all__ = ["STEPS", "BinParams", "FindPeaksParams", "Step", "crystal_matrix", "find_function", "user_step"]
+__all__ = [
+    "STEPS",
+    "BinParams",
+    "FindPeaksParams",
+    "Step",
+    "crystal_matrix",
+    "find_function",
+    "read_crystal",
+    "rows_by_frame",
+    "user_step",
+]
 
 Upstream = Mapping[str, Tables]
 _KEEP_FINDERS = 2
@@ -297,7 +307,7 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
     peaks, hit = _table(upstream, "peaks"), _frame_column(upstream, "hit")
     geometry = chunk.detector_geometry
     indexer = _indexer_for(cell, geometry.wavelength, params)
-    rows = _rows_by_frame(peaks, chunk.frame_index)
+    rows = rows_by_frame(peaks, chunk.frame_index)
 
     def one(position: int) -> list[Crystal]:
         if not hit[position]:
@@ -332,12 +342,12 @@ def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | 
     assert cell is not None
     geometry = chunk.geometry
     crystals, peaks = _table(upstream, "crystals"), _table(upstream, "peaks")
-    rows, peak_rows = _rows_by_frame(crystals, chunk.frame_index), _rows_by_frame(peaks, chunk.frame_index)
+    rows, peak_rows = rows_by_frame(crystals, chunk.frame_index), rows_by_frame(peaks, chunk.frame_index)
     hkl = _indices_within(cell, 1 / params.d_min if params.d_min else _largest_q(geometry))
     rings = _kernel_params(params, IntegrationParams, chunk)
 
     def one(position: int) -> list[_Integrated]:
-        found = [_read_crystal(row, cell) for row in crystals.slice(*rows[position]).to_pylist()]
+        found = [read_crystal(row, cell) for row in crystals.slice(*rows[position]).to_pylist()]
         if not found:
             return []
         q = _scattering_vectors(chunk.detector_geometry, peaks.slice(*peak_rows[position]))
@@ -439,7 +449,8 @@ _CRYSTAL_SCHEMA = pa.schema(
 )
 
 
-def _read_crystal(row: Mapping[str, Any], cell: UnitCell) -> Crystal:
+def read_crystal(row: Mapping[str, Any], cell: UnitCell) -> Crystal:
+    """The crystal of a row of the crystals table; ``cell`` gives its symmetry."""
     return Crystal(
         A=crystal_matrix(row),
         cell=cell.with_parameters([row[name] for name in _CELL_COLUMNS]),
@@ -469,7 +480,7 @@ def _frame_column(upstream: Upstream, name: str) -> np.ndarray:
     raise BadRecipe(f"a step needs the column {name!r}, but no step before it makes one; put find_peaks first")
 
 
-def _rows_by_frame(table: pa.Table, frame_index: np.ndarray) -> list[tuple[int, int]]:
+def rows_by_frame(table: pa.Table, frame_index: np.ndarray) -> list[tuple[int, int]]:
     """(offset, length) of each frame's rows in a table sorted by frame_index."""
     column = table["frame_index"].to_numpy()
     start, stop = np.searchsorted(column, frame_index, "left"), np.searchsorted(column, frame_index, "right")

@@ -1,0 +1,190 @@
+"""Where the detector stands, from a processing that has indexed crystals: in numbers, in words, and as a picture."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from flows.run_tally import cell_of
+from storage.crystfel import geometry_file
+from storage.errors import BadRecipe
+from storage.files import replace
+from storage.geometry import override_detector
+from storage.models import DetectorHeader, Record, StreamHeader
+from storage.run_folder import RunFolder
+from storage.step_store import Processing
+from tasks.recipe import load_recipe
+from tasks.refine_detector import CrystalSpots, DetectorRefinement, refine_detector
+from tasks.steps import read_crystal, rows_by_frame
+from tasks.unit_cell import UnitCell
+
+__all__ = ["DetectorFindings", "detector_of", "draw_detector", "write_geometry", "write_recipe"]
+
+# px; regions that are off by more than this have something to tell.
+_NOTABLE_PX = 0.3
+# Relative; a cell that differs by more may as well be a distance.
+_NOTABLE_SCALE = 1e-3
+
+
+class DetectorFindings(Record):
+    """What a processing's crystals say of its detector."""
+
+    run: str
+    processing: str
+    n_crystals: int
+    n_spots: int
+    beam_center_x: float = Field(description="px, as it should be")
+    beam_center_y: float = Field(description="px, as it should be")
+    shift_x: float = Field(description="px, against the one that was assumed")
+    shift_y: float = Field(description="px, against the one that was assumed")
+    shift_sigma_x: float = Field(description="px, standard deviation")
+    shift_sigma_y: float = Field(description="px, standard deviation")
+    cell_scale: float = Field(description="refined cell edges over those given")
+    cell_scale_sigma: float
+    largest_residual: float | None = Field(description="px, of the region of the detector that is off by most")
+    is_clear: bool = Field(description="the assumed beam centre is certainly wrong")
+    words: tuple[str, ...] = Field(description="the same in words, and what to do")
+
+
+def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefinement]:
+    """Refine the detector's place from all crystals of a processing.
+
+    Raises
+    ------
+    BadRecipe : it has no crystals, or too few, or no cell.
+    """
+    header, cell = _header(processing), cell_of(processing)
+    if cell is None:
+        raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
+    assert header.detector is not None
+    shape = (header.shape[0], header.shape[1])
+    found = refine_detector(_crystals(processing, cell), header.detector, shape, cell)
+    residual = found.largest_residual
+    return DetectorFindings(
+        run=f"{header.experiment}/{header.run}",
+        processing=processing.name,
+        n_crystals=found.n_crystals,
+        n_spots=found.n_spots,
+        beam_center_x=found.beam_center[0],
+        beam_center_y=found.beam_center[1],
+        shift_x=found.shift[0],
+        shift_y=found.shift[1],
+        shift_sigma_x=found.shift_sigma[0],
+        shift_sigma_y=found.shift_sigma[1],
+        cell_scale=found.cell_scale,
+        cell_scale_sigma=found.cell_scale_sigma,
+        largest_residual=residual if math.isfinite(residual) else None,
+        is_clear=found.is_clear,
+        words=tuple(_words(found, header.detector)),
+    ), found
+
+
+def write_recipe(processing: Processing, findings: DetectorFindings, path: Path) -> None:
+    """The processing's recipe with the beam centre found, to reprocess with."""
+    recipe = load_recipe(dict(processing.manifest.recipe))
+    detector = {name: value for name, value in recipe.detector.items() if value is not None}
+    detector |= {"beam_center_x": round(findings.beam_center_x, 4), "beam_center_y": round(findings.beam_center_y, 4)}
+    content = recipe.model_dump(mode="json", exclude_defaults=True) | {"detector": detector}
+    head = f"# {findings.run}:{findings.processing} with the beam centre of its {findings.n_crystals} crystals\n"
+    replace(path, (head + yaml.safe_dump(content, sort_keys=False)).encode())
+
+
+def write_geometry(processing: Processing, findings: DetectorFindings, path: Path) -> None:
+    """A CrystFEL ``.geom`` with the beam centre found."""
+    header = _header(processing)
+    moved = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
+    detector = override_detector(header.detector or DetectorHeader(), moved)
+    replace(path, geometry_file(header.model_copy(update={"detector": detector})).encode())
+
+
+def draw_detector(path: Path, findings: DetectorFindings, found: DetectorRefinement, shape: tuple[int, int]) -> None:
+    """Shift of each crystal, and what is left over on the detector, as a PNG."""
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _draw_shifts(left, found)
+    _draw_residuals(right, found, shape)
+    figure.suptitle(f"{findings.run} · {findings.processing} · {found.n_crystals} crystals, {found.n_spots} spots")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_shifts(axes: Any, found: DetectorRefinement) -> None:
+    axes.scatter(*found.shifts.T, s=12, alpha=0.5, color="#1f77b4", label="one crystal")
+    axes.scatter(*found.shift, s=90, marker="+", color="#d62728", label="median")
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    reach = max(1.0, float(np.percentile(np.abs(found.shifts), 98)) * 1.3)
+    axes.set(xlim=(-reach, reach), ylim=(reach, -reach), xlabel="fast, px", ylabel="slow, px", aspect="equal")
+    axes.set_title("beam centre against the one assumed")
+    axes.legend(loc="upper right")
+
+
+def _draw_residuals(axes: Any, found: DetectorRefinement, shape: tuple[int, int]) -> None:
+    n = len(found.residuals)
+    y, x = ((np.arange(n) + 0.5) * size / n for size in shape)
+    known = np.isfinite(found.residuals[..., 0])
+    rows, columns = np.nonzero(known)
+    # An arrow of one tenth of the detector stands for a round number of pixels.
+    largest = found.largest_residual if known.any() else 1.0
+    unit = 10.0 ** math.ceil(math.log10(max(largest, 1e-3)))
+    length = shape[1] / 10
+    arrows = found.residuals[known] / unit * length
+    axes.quiver(
+        x[columns], y[rows], arrows[:, 0], arrows[:, 1], angles="xy", scale_units="xy", scale=1, color="#1f77b4"
+    )
+    axes.quiver([0.04 * shape[1]], [0.04 * shape[0]], [length], [0], angles="xy", scale_units="xy", scale=1)
+    axes.text(0.04 * shape[1], 0.09 * shape[0], f"{unit:g} px", va="center")
+    axes.set(xlim=(0, shape[1]), ylim=(shape[0], 0), xlabel="fast, px", ylabel="slow, px", aspect="equal")
+    axes.set_title("left over: observed less predicted")
+
+
+def _words(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]:
+    x, y = found.shift
+    sigma = max(*found.shift_sigma, 0.01)
+    where = f"({detector.beam_center_x:.2f}, {detector.beam_center_y:.2f})"
+    if found.is_clear:
+        yield (
+            f"the beam centre is off by ({x:+.2f}, {y:+.2f}) ± {sigma:.2f} px: it is at "
+            f"({found.beam_center[0]:.2f}, {found.beam_center[1]:.2f}), not {where}; reprocess with it"
+        )
+    else:
+        yield f"the beam centre {where} is right within {max(3 * sigma, 0.05):.2f} px"
+    if abs(found.cell_scale - 1) > max(_NOTABLE_SCALE, 3 * found.cell_scale_sigma):
+        yield (
+            f"the cell comes out {100 * (found.cell_scale - 1):+.2f} % against the one given: distance unverified, for "
+            "a detector farther away by as much would look the same; compare with a powder of known lattice"
+        )
+    if found.largest_residual > _NOTABLE_PX:
+        yield (
+            f"a region of the detector is off by {found.largest_residual:.2f} px from the rest: a displaced module, a "
+            "tilt, or a beam that is not at right angles; look at the picture"
+        )
+
+
+def _header(processing: Processing) -> StreamHeader:
+    """The stream's header as the processing saw it."""
+    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
+    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
+    return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
+
+
+def _crystals(processing: Processing, cell: UnitCell) -> Iterator[CrystalSpots]:
+    try:
+        crystals, peaks = processing.table("crystals"), processing.table("peaks")
+    except KeyError:
+        raise BadRecipe(
+            f"processing {processing.name} has no crystals; put find_peaks and index in its recipe"
+        ) from None
+    index = np.unique(crystals["frame_index"].to_numpy())
+    x, y = peaks["x"].to_numpy(), peaks["y"].to_numpy()
+    for (at, n), (first, n_peaks) in zip(rows_by_frame(crystals, index), rows_by_frame(peaks, index), strict=True):
+        mine = slice(first, first + n_peaks)
+        for row in crystals.slice(at, n).to_pylist():
+            yield CrystalSpots(read_crystal(row, cell), x[mine], y[mine])

@@ -1,0 +1,63 @@
+"""`nearline refine-detector`: where the detector stands, from the crystals of a processing."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nearline.options import AsJson, Service
+
+__all__ = ["register"]
+
+console = Console()
+
+Folder = Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the `nearline` command."""
+    app.command("refine-detector")(refine_detector)
+
+
+def refine_detector(
+    run: Annotated[
+        str, typer.Argument(help="lyso-2026/17, or with a processing lyso-2026/17:p2; it must have indexed.")
+    ],
+    picture: Annotated[Path | None, typer.Option(help="Draw shifts and what is left over into this PNG.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the recipe with the beam centre found, to reprocess with.")
+    ] = None,
+    geometry: Annotated[Path | None, typer.Option(help="Write a CrystFEL .geom with the beam centre found.")] = None,
+    service: Service = None,
+    root: Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the detector truly stands, from the crystals that a processing has indexed.
+
+    The beam centre comes out within some hundredths of a pixel from a hundred crystals. Then
+    `nearline reprocess RUN --recipe FILE` with the file of --write.
+    """
+    from flows.comparison import open_processing
+    from flows.detector_refinement import detector_of, draw_detector, write_geometry, write_recipe
+    from storage.run_folder import RunFolder
+
+    processing = open_processing(run, service=service, root=str(root) if root else None)
+    findings, found = detector_of(processing)
+    if picture is not None:
+        shape = RunFolder.open(processing.run).stream_header(processing.manifest.data_source).shape
+        draw_detector(picture, findings, found, (shape[0], shape[1]))
+    if write is not None:
+        write_recipe(processing, findings, write)
+    if geometry is not None:
+        write_geometry(processing, findings, geometry)
+    if as_json:
+        print(json.dumps(findings.model_dump(mode="json")))
+        return
+    for sentence in findings.words:
+        console.print(f"{sentence}.", highlight=False, soft_wrap=True)
+    console.print(f"from {findings.n_crystals} crystals and {findings.n_spots} spots", style="dim", highlight=False)
+    for path in (picture, write, geometry):
+        if path is not None:
+            console.print(str(path), highlight=False, soft_wrap=True)

@@ -299,7 +299,7 @@ _N_FEW = 40
 _N_STARTS = 16
 _N_REFINED = 3
 # Explained fraction with which the search ends, and growth of the spots used from one refinement to the next.
-_CONVINCING, _GROWTH = 0.6, 1.6
+_CONVINCING, _GROWTH = 0.6, 1.35
 # With such a part of the spots explained nothing better will be found.
 _PLAIN = 0.85
 _N_VECTORS = 32

@@ -12,13 +12,12 @@ any number of threads. The pixel loops run in Numba without the GIL.
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import gemmi
 import numba
 import numpy as np
 from scipy.special import erf, gammaln
 
 from storage.errors import BadFrame, ShapeMismatch
-from storage.geometry import Geometry, energy_from_wavelength, wavelength_from_energy
+from storage.geometry import Geometry, wavelength_from_energy
 from storage.models import DetectorHeader
 from streaming.simulator.crystal import Reflections, SimulatedCrystal
 
@@ -32,7 +31,6 @@ __all__ = [
     "StillSimulator",
     "default_detector",
     "module_mask",
-    "parallax_shift",
     "polarisation_factor",
 ]
 
@@ -64,14 +62,6 @@ _NO_SAMPLE = np.uint16(0xFFFF)  # level of a masked pixel
 _WATER_RING = 1 / 3.2  # 1/Å
 _WATER_RING_WIDTH = 0.045
 _AIR_WIDTH = 0.06
-
-# Sensor number densities (formula units per Å³) and atomic numbers.
-_SENSORS = {
-    "Si": (4.994e-2, (14,)),
-    "CdTe": (1.468e-2, (48, 52)),
-    "GaAs": (2.213e-2, (31, 33)),
-}
-_CLASSICAL_ELECTRON_RADIUS = 2.8179403e-5  # Å
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,35 +176,6 @@ def polarisation_factor(direction: np.ndarray, horizontal: float) -> np.ndarray:
     return horizontal * (1 - direction[..., 0] ** 2) + (1 - horizontal) * (1 - direction[..., 1] ** 2)
 
 
-def parallax_shift(direction: np.ndarray, detector: DetectorHeader, wavelength: float) -> np.ndarray:
-    """How far outward a spot appears because photons travel into the sensor, (…,) m.
-
-    The mean path l in a sensor of thickness t at obliquity c = cos 2θ is
-    1/µ - (t/c + 1/µ) exp(-µ t/c); the spot moves by l sin 2θ.
-
-    Raises
-    ------
-    BadFrame : the sensor's material is none of Si, CdTe, GaAs.
-    """
-    mu = _absorption(detector.sensor_material, wavelength)
-    cosine = direction[..., 2]
-    path = detector.sensor_thickness / cosine
-    mean_path = 1 / mu - (path + 1 / mu) * np.exp(-mu * path)
-    return mean_path * np.sqrt(1 - cosine**2)
-
-
-def _absorption(material: str, wavelength: float) -> float:
-    """Photoelectric absorption coefficient, 1/m, from f'' (optical theorem: σ = 2 r_e λ f'')."""
-    if material not in _SENSORS:
-        raise BadFrame(
-            f"sensor material {material!r} is unknown; use one of {', '.join(_SENSORS)} or switch parallax off"
-        )
-    density, atoms = _SENSORS[material]
-    energy = energy_from_wavelength(wavelength)
-    f_double_prime = sum(gemmi.cromer_liberman(z=z, energy=energy)[1] for z in atoms)
-    return 2 * _CLASSICAL_ELECTRON_RADIUS * wavelength * f_double_prime * density * 1e10
-
-
 @dataclass(frozen=True)
 class StillSimulator:
     """Frames of one crystal form on one detector.
@@ -240,7 +201,9 @@ class StillSimulator:
 
     @cached_property
     def header(self) -> DetectorHeader:
-        return self.detector or default_detector(self.shape, self.dtype)
+        """Of the detector; without parallax its sensor has no depth, and says so."""
+        header = self.detector or default_detector(self.shape, self.dtype)
+        return header if self.physics.parallax else header.model_copy(update={"sensor_thickness": 0.0})
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -308,8 +271,6 @@ class StillSimulator:
         direction = q + np.array([0.0, 0.0, 1 / wavelength])
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         x, y = self.geometry.project(q)
-        if physics.parallax:
-            x, y = self._move_outward(x, y, direction)
         photons = physics.spot_strength * self._reflections.intensity[rows] * partiality * scale
         if physics.polarisation is not None:
             photons *= polarisation_factor(direction, physics.polarisation)
@@ -323,13 +284,6 @@ class StillSimulator:
         fast = np.minimum(spots["x"].astype(int), self.shape[1] - 1)
         spots["masked"] = self.pixel_mask[slow, fast] != 0
         return spots
-
-    def _move_outward(self, x: np.ndarray, y: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shift = parallax_shift(direction, self.header, self.geometry.wavelength)
-        outward = direction[:, :2] / np.maximum(np.hypot(direction[:, 0], direction[:, 1]), 1e-12)[:, None]
-        panel = self.geometry.panels[0]
-        # the flat detector facing the beam: pixel axes lie along -x and -y
-        return x + shift * outward[:, 0] / panel.fast[0], y + shift * outward[:, 1] / panel.slow[1]
 
     def _add_spots(self, array: np.ndarray, spots: np.ndarray, rng: np.random.Generator) -> None:
         if not len(spots):

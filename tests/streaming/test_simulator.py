@@ -7,20 +7,18 @@ import pytest
 from storage.codec import decode
 from storage.errors import BadFrame, RunNotFound, ServiceUnavailable, ShapeMismatch
 from storage.geometry import Geometry
-from storage.models import DetectorHeader
 from streaming.simulator import (
     SimulatedCrystal,
     SimulatorSettings,
     StillPhysics,
     StillSimulator,
-    default_detector,
     make_frames,
     read_truth,
     simulate,
     write_truth,
 )
 from streaming.simulator.run import SENSOR_SIZES
-from streaming.simulator.stills import MASK_GAP, module_mask, parallax_shift, polarisation_factor
+from streaming.simulator.stills import MASK_GAP, module_mask, polarisation_factor
 
 from .dectris_client import Receiver
 
@@ -267,11 +265,6 @@ def test_polarisation_weakens_horizontal_scatter():
 
 
 def test_parallax_moves_spots_outward():
-    detector = default_detector(SMALL)
-    straight, oblique = np.array([0.0, 0, 1]), np.array([np.sin(0.5), 0, np.cos(0.5)])
-    assert parallax_shift(straight, detector, 1.0332) == 0
-    # 12 keV in silicon: attenuation length near 0.23 mm, so about a third of a pixel per 0.1 rad
-    assert 0.5 < parallax_shift(oblique, detector, 1.0332) / 75e-6 < 1.5
     plain, shifted = (
         StillSimulator(SMALL, physics=StillPhysics(hit_fraction=1.0, parallax=on)) for on in (False, True)
     )
@@ -293,12 +286,8 @@ def test_parallax_moves_spots_outward():
         (lambda: StillSimulator(dtype="int32"), BadFrame),
         (lambda: StillSimulator((4, 4)), ShapeMismatch),
         (lambda: SimulatorSettings(size="5M"), ValueError),
-        (
-            lambda: parallax_shift(np.array([0, 0, 1.0]), DetectorHeader(sensor_material="Xe"), 1.0),
-            BadFrame,
-        ),
     ],
-    ids=["hit fraction", "spot size", "background", "dtype", "shape", "size", "sensor"],
+    ids=["hit fraction", "spot size", "background", "dtype", "shape", "size"],
 )
 def test_impossible_settings_are_refused(make, error):
     with pytest.raises(error):

@@ -7,7 +7,7 @@ from scipy.spatial.transform import Rotation
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.models import DetectorHeader
-from streaming.simulator.stills import StillSimulator
+from streaming.simulator.stills import StillPhysics, StillSimulator
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Indexer, IndexParams, strain_basis
 from tasks.unit_cell import UnitCell, lattice_rotations, parameters_from_matrix, same_orientation
@@ -172,3 +172,27 @@ def test_simulated_frames_end_to_end():
         right += len(crystals) == 1
     assert hits >= 5
     assert right >= 0.9 * hits
+
+
+def test_with_parallax_in_the_model_the_cell_comes_out_right():
+    # The sensor's depth is 0.2 % of this distance: left out, the cell is that much too small.
+    simulator = StillSimulator((1062, 1028), physics=StillPhysics(hit_fraction=1.0, parallax=True))
+    headers = [simulator.header, simulator.header.model_copy(update={"sensor_thickness": 0.0})]
+    with_parallax, without = (edge_over_truth(simulator, header) for header in headers)
+    assert with_parallax == pytest.approx(1, abs=3e-4)
+    assert without < 1 - 1e-3
+
+
+def edge_over_truth(simulator, header):
+    """Median of the refined a of some frames' crystals, over the true one."""
+    geometry = Geometry.from_header(header, simulator.shape)
+    find = PeakFinder(geometry, simulator.pixel_mask)
+    indexer = Indexer(UnitCell(*simulator.crystal.cell, simulator.crystal.space_group), geometry.wavelength)
+    edges = []
+    for number in range(6):
+        frame, truth = simulator.frame(number)
+        peaks = find(frame)
+        (crystal,) = indexer(geometry.scattering_vector(peaks["x"], peaks["y"]), peaks["intensity"])
+        assert same_orientation(crystal.A, truth.A.T, indexer.cell, 0.2)[0]
+        edges.append(crystal.cell.a)
+    return np.median(edges) / simulator.crystal.cell[0]

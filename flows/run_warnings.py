@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["ChunkFigures", "warnings_of"]
+import numpy as np
+
+__all__ = ["N_RINGS", "RING_WIDTH", "ChunkFigures", "warnings_of"]
 
 # Chunks looked at as "now", and at least so many before them to compare with.
 _RECENT, _BEFORE = 5, 5
@@ -14,6 +16,17 @@ _SIGMAS, _FACTOR = 5.0, 1.5
 _BLANK = 5
 _SATURATED = 0.01
 _MOST_BEFORE = 100
+# A level has jumped when it has changed by so many of its own standard deviations, and by this factor.
+_LEVEL_FACTOR = 1.3
+# Crystals that tell of the beam centre, and how far off it may be, px.
+_ENOUGH_CRYSTALS, _OFF_PX = 20, 0.3
+# Peaks that tell of rings; a ring holds so large a share of them, and so many times what its neighbourhood does.
+_ENOUGH_PEAKS, _RING_SHARE, _RING_FACTOR = 300, 0.1, 6.0
+RING_WIDTH = 0.005
+N_RINGS = 200
+# Å; hexagonal ice, its strongest rings.
+_ICE = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92)
+_NEAR_ICE = 0.012
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,13 @@ class ChunkFigures:
     lag_frames: int
     n_reflections: int = 0
     n_saturated: int = 0
+    n_peaks: int = 0
+    # Counts per pixel around the peaks, the median; NaN without any.
+    background: float = math.nan
+    # (n, 2) px: of each crystal, where the beam centre is against the assumed one.
+    shifts: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    # (N_RINGS,): peaks between k and k + 1 times RING_WIDTH 1/Å from the beam.
+    rings: np.ndarray = field(default_factory=lambda: np.zeros(N_RINGS, np.uint32))
 
 
 def warnings_of(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> list[str]:
@@ -37,7 +57,16 @@ def warnings_of(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> l
     """
     if not chunks:
         return []
-    found = [_blank(chunks) if seeks_hits else "", *_jumps(chunks), _lag(chunks), _saturation(chunks), _lost(chunks)]
+    found = [
+        _blank(chunks) if seeks_hits else "",
+        *_jumps(chunks),
+        *_levels(chunks),
+        _beam(chunks),
+        _ring(chunks),
+        _lag(chunks),
+        _saturation(chunks),
+        _lost(chunks),
+    ]
     return [text for text in found if text]
 
 
@@ -69,6 +98,71 @@ def _jump(name: str, old: tuple[int, int], new: tuple[int, int], frame: int) -> 
     if error == 0 or abs(b - a) / error < _SIGMAS or max(a, b) < _FACTOR * min(a, b):
         return ""
     return f"The {name} {'rose' if b > a else 'fell'} from {100 * a:.1f} % to {100 * b:.1f} % around frame {frame}."
+
+
+def _levels(chunks: Sequence[ChunkFigures]) -> list[str]:
+    """Numbers of peaks and backgrounds that have changed at once: the beam, the jet or the detector has."""
+    if len(chunks) < _RECENT + 2 * _BEFORE:
+        return []
+    now, before = chunks[-_RECENT:], chunks[-_RECENT - _MOST_BEFORE : -_RECENT]
+    peaks = [[c.n_peaks / c.n_hits for c in part if c.n_hits] for part in (before, now)]
+    background = [[c.background for c in part if not math.isnan(c.background)] for part in (before, now)]
+    at = now[0].start
+    said = [
+        _level("number of peaks per hit", peaks[0], peaks[1], at, "look at the beam's intensity and the crystals"),
+        _level("background at the peaks", background[0], background[1], at, "look at beam, jet and beamstop"),
+    ]
+    return [text for text in said if text]
+
+
+def _level(name: str, before: Sequence[float], now: Sequence[float], frame: int, remedy: str) -> str:
+    if len(before) < 2 * _BEFORE or len(now) < _RECENT:
+        return ""
+    old, new = float(np.median(before)), float(np.median(now))
+    # What five chunks that belong to those before would do: their own spread, as a robust standard deviation.
+    spread = 1.4826 * float(np.median(np.abs(np.array(before) - old)))
+    is_far = abs(new - old) > _SIGMAS * max(spread, 1e-9) and all((value - old) * (new - old) > 0 for value in now)
+    if not is_far or max(old, new) < _LEVEL_FACTOR * min(old, new):
+        return ""
+    return f"The {name} {'rose' if new > old else 'fell'} from {old:.3g} to {new:.3g} around frame {frame}: {remedy}."
+
+
+def _beam(chunks: Sequence[ChunkFigures]) -> str:
+    recent = [chunk.shifts for chunk in chunks[-_MOST_BEFORE:] if len(chunk.shifts)]
+    shifts = np.concatenate(recent) if recent else np.empty((0, 2))
+    if len(shifts) < _ENOUGH_CRYSTALS:
+        return ""
+    x, y = np.median(shifts, axis=0)
+    if math.hypot(x, y) < _OFF_PX:
+        return ""
+    return (
+        f"The beam centre is off by ({x:+.2f}, {y:+.2f}) px, say {len(shifts)} crystals: nearline refine-detector "
+        "gives the recipe to go on with."
+    )
+
+
+def _ring(chunks: Sequence[ChunkFigures]) -> str:
+    """Peaks that crowd on one ring are ice, or a powder, or salt."""
+    counts = np.sum([chunk.rings for chunk in chunks[-_MOST_BEFORE:]], axis=0, dtype=float)
+    total = counts.sum()
+    if total < _ENOUGH_PEAKS:
+        return ""
+    pairs = counts[:-1] + counts[1:]
+    at = int(pairs.argmax())
+    around = np.concatenate([pairs[max(at - 10, 0) : max(at - 2, 0)], pairs[at + 3 : at + 11]])
+    usual = max(float(around.mean()) if len(around) else 0.0, 1.0)
+    if pairs[at] < _RING_SHARE * total or pairs[at] < _RING_FACTOR * usual:
+        return ""
+    middle = float((counts[at] * (at + 0.5) + counts[at + 1] * (at + 1.5)) / pairs[at] * RING_WIDTH)
+    d = 1 / middle
+    nearest = min(_ICE, key=lambda ice: abs(ice - d))
+    text = f"{100 * pairs[at] / total:.0f} % of the peaks lie on a ring at {d:.2f} Å"
+    if abs(nearest - d) <= _NEAR_ICE * nearest:
+        return f"{text}, where ice diffracts: dry the sample's surroundings, or mask the ring."
+    return (
+        f"{text}: a powder or salt. Were it ice, its ring is at {nearest:.2f} Å, and distance or wavelength are off by "
+        f"{100 * (d / nearest - 1):+.1f} %."
+    )
 
 
 def _lag(chunks: Sequence[ChunkFigures]) -> str:

@@ -21,7 +21,7 @@ from numba import njit
 from scipy.fft import next_fast_len, rfftn
 
 from storage.errors import BadRecipe
-from tasks.index_frame import _refine, _refine_vectors, _true_q, strain_basis
+from tasks.index_frame import _refine, _refine_vectors, _score_directions, _true_q, strain_basis
 from tasks.unit_cell import UnitCell, _reduce_rows
 
 __all__ = ["CellSearchParams", "FoundLattice", "find_lattice"]
@@ -94,15 +94,24 @@ def find_lattice(q: np.ndarray, wavelength: float, params: CellSearchParams | No
     if len(q) < p.min_indexed:
         return None
     best: FoundLattice | None = None
+    bases: list[np.ndarray] = []
     for reach in _reaches(p.max_axis):
-        vectors = _lattice_vectors(q, reach, p)
-        for basis in _bases(q[: p.n_search_spots], vectors, wavelength):
-            found = _refined(q, basis, wavelength, p)
-            if found is not None and (best is None or found.log10_chance < best.log10_chance):
-                best = found
-        if best is not None and best.n_indexed >= _CONVINCING * best.n_spots and _is_accepted(best, p):
-            break
+        bases = _bases(q[: p.n_search_spots], _lattice_vectors(q, reach, p), wavelength) + bases
+        best = _best_refined(q, bases[:_N_BASES], best, wavelength, p)
+        if best is not None and _is_convincing(best, p):
+            return best
+    completed = [c for basis in bases[::_N_BASES] for c in _completed(q, basis, wavelength, p)]
+    best = _best_refined(q, completed, best, wavelength, p)
     return best if best is not None and _is_accepted(best, p) else None
+
+
+def _best_refined(
+    q: np.ndarray, bases: list[np.ndarray], best: FoundLattice | None, wavelength: float, p: CellSearchParams
+) -> FoundLattice | None:
+    """The least accidental of some cells after refinement, and of the one that was the best before."""
+    found = [_refined(q, basis, wavelength, p) for basis in bases]
+    every = [one for one in (best, *found) if one is not None]
+    return min(every, key=lambda one: one.log10_chance, default=None)
 
 
 # Explained fraction with which the search ends.
@@ -115,6 +124,9 @@ _N_BASES = 4
 # 1/Å; what lies at the beam itself fits every lattice and tells nothing.
 _BEAM = 1e-4
 _GROWTH = 1.6
+# Of third axes: how near to whole numbers the other two are, the spots that score, and the steps, in fringes of the farthest.
+_FITTING, _N_THIRD_SPOTS, _THIRD_STEP = 0.2, 60, 0.5
+_MOST_PLACES = 8e5
 # Of the transform. Twice as many take 0.1 s.
 _MOST_POINTS = 1.6e6
 # Samples of the transform per spacing of its finest fringes, over the two of Nyquist.
@@ -141,6 +153,10 @@ def _sorted_spots(q: np.ndarray) -> np.ndarray:
 def _reaches(max_axis: float) -> list[float]:
     """Lengths, Å, up to which vectors are looked for in turn: short axes are found with farther spots."""
     return [reach for reach in (160.0,) if reach < max_axis] + [max_axis]
+
+
+def _is_convincing(found: FoundLattice, p: CellSearchParams) -> bool:
+    return found.n_indexed >= _CONVINCING * found.n_spots and _is_accepted(found, p)
 
 
 def _is_accepted(found: FoundLattice, p: CellSearchParams) -> bool:
@@ -302,6 +318,47 @@ def _bases(q: np.ndarray, vectors: np.ndarray, wavelength: float) -> list[np.nda
             taken.append(float(volume[number]))
             chosen.append(_reduced(rows[number]))
     return chosen
+
+
+def _completed(q: np.ndarray, basis: np.ndarray, wavelength: float, p: CellSearchParams) -> list[np.ndarray]:
+    """Cells of the two axes of a basis that fit the most spots, with other third axes, the best first.
+
+    A long axis among short ones is missed where spots are few and far out: the transform would have to be fine and wide.
+    Up to sums with the two known axes a third lies above the mesh that they span; so few places are left that all
+    can be tried, with just the spots that the two fit.
+    """
+    off = np.abs(q @ basis.T - np.rint(q @ basis.T))
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    fits = [(off[:, pair] < _FITTING).all(axis=1) for pair in pairs]
+    best = int(np.argmax([fit.sum() for fit in fits]))
+    pair, spots = basis[list(pairs[best])], q[fits[best]][: p.max_spots]
+    if len(spots) < p.min_indexed:
+        return []
+    places = _places_above(pair, spots[:_N_THIRD_SPOTS], p)
+    score = np.empty(places.shape[1], np.float32)
+    _score_directions(spots[:_N_THIRD_SPOTS].astype(np.float32), places, np.float32(0.0625), score)
+    top = np.argsort(score, kind="stable")[:_N_PEAKS]
+    thirds = _refine_vectors(spots[:_N_THIRD_SPOTS], np.ascontiguousarray(places[:, top].T.astype(float)))
+    thirds = _refine_vectors(spots, thirds)
+    rows = np.array([[*pair, third] for third in thirds])
+    volume = np.linalg.det(rows)
+    is_solid = np.abs(volume) > 0.3 * np.linalg.norm(np.cross(*pair)) * p.min_axis
+    rows = rows[is_solid] * np.sign(volume[is_solid])[:, None, None]
+    chance = _log10_chances(q[: p.max_spots], rows, wavelength)
+    return [_reduced(rows[i]) for i in np.argsort(chance, kind="stable")[:_N_BASES]]
+
+
+def _places_above(pair: np.ndarray, spots: np.ndarray, p: CellSearchParams) -> np.ndarray:
+    """(3, n) float32, Å: ends of third axes over one mesh of the pair, up to the longest axis."""
+    step = _THIRD_STEP / float(np.linalg.norm(spots, axis=1).max())
+    normal = np.cross(*pair)
+    normal /= np.linalg.norm(normal)
+    heights = np.arange(max(p.min_axis, 5.0), p.max_axis, step)
+    n = [max(2, int(np.ceil(np.linalg.norm(axis) / step))) for axis in pair]
+    most = max(1, int(_MOST_PLACES / (n[0] * n[1])))
+    h, i, j = np.meshgrid(heights[:most], np.arange(n[0]) / n[0], np.arange(n[1]) / n[1], indexing="ij")
+    along = i.ravel()[:, None] * pair[0] + j.ravel()[:, None] * pair[1] + h.ravel()[:, None] * normal
+    return np.ascontiguousarray(along.T.astype(np.float32))
 
 
 def _log10_chances(q: np.ndarray, rows: np.ndarray, wavelength: float) -> np.ndarray:

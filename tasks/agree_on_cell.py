@@ -93,7 +93,7 @@ _ALIKE_DEG = 2.0
 
 
 def _largest_group(cells: list[np.ndarray], p: AgreementParams) -> tuple[np.ndarray, np.ndarray]:
-    """(members, their metrics in one common basis): the most lattices that agree with one of them, then with their median."""
+    """(members, their metrics in one basis): the most lattices that agree with one of them, then with their median."""
     lengths = np.array([_shortest_lengths(metric_of(rows)) for rows in cells])
     volume = np.array([abs(np.linalg.det(rows)) for rows in cells])
     apart = np.abs(lengths[:, None] / lengths[None] - 1).max(axis=2)

@@ -1,26 +1,27 @@
 """From a reduced cell to its Bravais lattice: what symmetry the metric has, within what error.
 
 Twofold axes that hold within a tolerance (Le Page 1982) generate groups of lattice rotations. Each group is a
-possible lattice; averaging the metric over it gives the cell that has this symmetry exactly, and
-the strain between both is how far the measured cell is from it. Conventional axes are the shortest lattice vectors along
-the group's axes, the centring follows from how many lattice points the cell holds (International Tables A, 3.1).
+possible lattice; averaging the metric over it gives the cell that has this symmetry exactly, and the strain
+between both is how far the measured cell is from it. Conventional axes are the shortest lattice vectors along the
+group's axes; the centring follows from which places of the cell are lattice points (International Tables A, 3.1).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations, product
 
 import numpy as np
 
-from tasks.unit_cell import BadCell, UnitCell, _unimodular
+from tasks.unit_cell import BadCell, UnitCell, _unimodular, read_cell
 
 __all__ = ["BravaisLattice", "bravais_lattices", "metric_of", "parameters_of"]
 
 # Highest rotation group of each lattice, whose translations alone are centrings.
 _GROUPS = {
     "aP": "P 1", "mP": "P 1 2 1", "mC": "C 1 2 1", "oP": "P 2 2 2", "oC": "C 2 2 2", "oI": "I 2 2 2", "oF": "F 2 2 2",
-    "tP": "P 4 2 2", "tI": "I 4 2 2", "hR": "R 3 2:H", "hP": "P 6 2 2", "cP": "P 4 3 2", "cI": "I 4 3 2", "cF": "F 4 3 2",
+    "tP": "P 4 2 2", "tI": "I 4 2 2", "hR": "R 3 2:H", "hP": "P 6 2 2",
+    "cP": "P 4 3 2", "cI": "I 4 3 2", "cF": "F 4 3 2",
 }  # fmt: skip
 _FAMILY = {1: "a", 2: "m", 4: "o", 6: "h", 8: "t", 12: "h", 24: "c"}
 _SYSTEMS = {"a": "triclinic", "m": "monoclinic", "o": "orthorhombic", "t": "tetragonal", "h": "hexagonal", "c": "cubic"}
@@ -150,7 +151,7 @@ def _lattice_of(metric: np.ndarray, group: np.ndarray) -> BravaisLattice | None:
         return None
     symbol, rows = axes
     try:
-        cell = UnitCell(*_snapped(parameters_of(rows @ exact @ rows.T), symbol), _GROUPS[symbol])
+        cell = read_cell(_snapped(parameters_of(rows @ exact @ rows.T), symbol), _GROUPS[symbol])
     except BadCell:
         return None
     return BravaisLattice(symbol, cell, _strain(metric, exact), len(group), rows)
@@ -162,11 +163,12 @@ def _strain(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(np.sqrt(np.maximum(ratio, 1e-12)) - 1).max())
 
 
-def _snapped(parameters: tuple[float, ...], symbol: str) -> tuple[float, ...]:
+def _snapped(parameters: Sequence[float], symbol: str) -> list[float]:
     """Rounding errors of angles that symmetry fixes taken away."""
     if symbol == "aP":
-        return parameters
-    return (*parameters[:3], *(float(round(v)) if abs(v - round(v)) < 1e-6 else v for v in parameters[3:]))
+        return list(parameters)
+    angles = [float(round(v)) if abs(v - round(v)) < 1e-6 else v for v in parameters[3:]]
+    return [*parameters[:3], *angles]
 
 
 def _conventional_axes(metric: np.ndarray, group: np.ndarray) -> tuple[str, np.ndarray] | None:

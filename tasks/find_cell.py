@@ -124,7 +124,7 @@ _N_BASES = 4
 # 1/Å; what lies at the beam itself fits every lattice and tells nothing.
 _BEAM = 1e-4
 _GROWTH = 1.6
-# Of third axes: how near to whole numbers the other two are, the spots that score, and the steps, in fringes of the farthest.
+# Of third axes: distance of the other two from whole numbers, spots that score, steps in fringes of the farthest.
 _FITTING, _N_THIRD_SPOTS, _THIRD_STEP = 0.2, 60, 0.5
 _MOST_PLACES = 8e5
 # Of the transform. Twice as many take 0.1 s.
@@ -323,9 +323,9 @@ def _bases(q: np.ndarray, vectors: np.ndarray, wavelength: float) -> list[np.nda
 def _completed(q: np.ndarray, basis: np.ndarray, wavelength: float, p: CellSearchParams) -> list[np.ndarray]:
     """Cells of the two axes of a basis that fit the most spots, with other third axes, the best first.
 
-    A long axis among short ones is missed where spots are few and far out: the transform would have to be fine and wide.
-    Up to sums with the two known axes a third lies above the mesh that they span; so few places are left that all
-    can be tried, with just the spots that the two fit.
+    A long axis among short ones is missed where spots are few and far out: the transform would have to be both fine
+    and wide. Up to sums with the two known axes a third lies above the mesh that they span; so few places are left
+    that all can be tried, with just the spots that the two fit.
     """
     off = np.abs(q @ basis.T - np.rint(q @ basis.T))
     pairs = [(0, 1), (0, 2), (1, 2)]

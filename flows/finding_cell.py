@@ -26,7 +26,7 @@ from tasks.agree_on_cell import AgreedCell, agree_on_cell
 from tasks.bravais import BravaisLattice
 from tasks.chunk_frames import usable_mask
 from tasks.chunk_job import analysis_header
-from tasks.find_cell import FoundLattice, find_lattice
+from tasks.find_cell import FoundLattice, distance_scale, find_lattice
 from tasks.find_peaks import PEAK_DTYPE, PeakFinder, PeakParams
 from tasks.index_frame import Indexer
 from tasks.recipe import load_recipe
@@ -41,8 +41,10 @@ R = TypeVar("R")
 ProgressCall = Callable[[str, int, int], None]
 # A frame with at least so many peaks is a hit where no processing has decided; as `FindPeaksParams.min_peaks`.
 _MIN_PEAKS = 15
-# Hits that agree, and the share of all hits that the cell indexes, to be called likely, and sure.
-_LIKELY, _SURE = (5, 0.3), (10, 0.5)
+# To be called likely, and sure: hits that agree, their share of the lattices found, the share of all hits that the cell
+# indexes, and the largest error of the distance that the lattices may ask for.
+_LIKELY, _SURE = (5, 0.4, 0.3, 0.02), (10, 0.6, 0.5, 0.01)
+_N_FOR_DISTANCE = 24
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class CellReport(Record):
     alternatives: tuple[PossibleLattice, ...] = ()
     n_indexed: int = Field(0, description="of the same hits, indexed with the proposed cell")
     indexing_rate: float = Field(0.0, description="n_indexed over n_hits")
+    distance_scale: float = Field(1.0, description="true over assumed distance, as lattices want it; 0.94 to 1.06")
     is_one_orientation: bool = Field(False, description="all lattices stand alike")
     cells: tuple[tuple[float, ...], ...] = Field((), description="of each agreeing hit, without constraint")
 
@@ -167,7 +170,9 @@ def cell_of_stills(
     cell = _rounded(agreed.lattice.cell)
     indexer = Indexer(cell, wavelength)
     indexed = _each(lambda s: bool(indexer(s.q, s.intensity)), stills, "indexing with the cell", n_threads, tell)
-    return _report(agreed, cell, sum(indexed), known)
+    pairs = [(s.q, one) for s, one in zip(stills, found, strict=True) if one is not None]
+    some = [pairs[i] for i in agreed.members[:_N_FOR_DISTANCE]]
+    return _report(agreed, cell, sum(indexed), distance_scale(some, wavelength), known)
 
 
 # ---- spots ----------------------------------------------------------------------------------------
@@ -267,10 +272,10 @@ def _rounded(cell: UnitCell) -> UnitCell:
     return cell.with_parameters([round(v, 2) for v in cell.parameters])
 
 
-def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, known: dict[str, Any]) -> CellReport:
+def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, scale: float, known: dict[str, Any]) -> CellReport:
     rate = n_indexed / known["n_hits"]
     n_agreeing = len(agreed.members)
-    facts = known | {"n_agreeing": n_agreeing, "n_indexed": n_indexed, "indexing_rate": rate}
+    facts = known | {"n_agreeing": n_agreeing, "n_indexed": n_indexed, "indexing_rate": rate, "distance_scale": scale}
     if n_indexed < n_agreeing / 2:
         return CellReport(
             **facts,
@@ -279,7 +284,7 @@ def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, known: dict[str,
         )
     return CellReport(
         **facts,
-        certainty=_certainty(n_agreeing, rate),
+        certainty=_certainty(n_agreeing, n_agreeing / known["n_lattices"], rate, abs(scale - 1)),
         why=f"{n_agreeing} of {known['n_lattices']} lattices found in {known['n_hits']} hits agree; "
         f"{n_indexed} of {known['n_hits']} hits are indexed with this cell ({100 * rate:.0f} %)",
         lattice=agreed.lattice.name,
@@ -301,9 +306,10 @@ def _possible(lattice: BravaisLattice) -> PossibleLattice:
     )
 
 
-def _certainty(n_agreeing: int, rate: float) -> str:
-    for word, (least, least_rate) in (("sure", _SURE), ("likely", _LIKELY)):
-        if n_agreeing >= least and rate >= least_rate:
+def _certainty(n_agreeing: int, share: float, rate: float, distance_error: float) -> str:
+    for word, (least, least_share, least_rate, most_error) in (("sure", _SURE), ("likely", _LIKELY)):
+        is_enough = n_agreeing >= least and share >= least_share and rate >= least_rate
+        if is_enough and distance_error <= most_error:
             return word
     return "tentative"
 

@@ -17,9 +17,10 @@ errors = Console(stderr=True)
 _WORDS = {
     "sure": "[green]sure[/green]",
     "likely": "[green]likely[/green]",
-    "tentative": "[yellow]tentative: take more hits before you rely on it[/yellow]",
+    "tentative": "[yellow]tentative: do not rely on it yet[/yellow]",
 }
 _MOST_ALTERNATIVES = 6
+_DISTANCE_ERROR = 0.01
 
 
 def register(app: typer.Typer) -> None:
@@ -97,6 +98,11 @@ def _show(report: Any) -> None:
     say(f"spread of single hits: {spread}")
     say(f"lattice: [bold]{report.lattice}[/bold], whose symmetry is met within {100 * report.deviation:.2f} %")
     say(f"how sure: {_WORDS[report.certainty]}; {report.why}")
+    if abs(report.distance_scale - 1) > _DISTANCE_ERROR:
+        say(
+            f"[yellow]the detector distance seems wrong: {100 * (report.distance_scale - 1):+.1f} % fits better; "
+            "the cell's lengths are wrong by as much[/yellow]"
+        )
     if report.is_one_orientation:
         say("[yellow]all lattices stand alike: one crystal, or an artefact of the detector; move the sample[/yellow]")
     _show_alternatives(report, say)

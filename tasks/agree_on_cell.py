@@ -32,7 +32,7 @@ class AgreementParams:
 
     length_tolerance: float = 0.03
     min_agreeing: int = 3
-    min_share: float = 0.2
+    min_share: float = 0.34
     max_symmetry_error: float = 0.015
     listed_error: float = 0.03
 

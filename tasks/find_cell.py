@@ -12,6 +12,7 @@ prefers the smallest cell: in a cell too large by two each index is off by twice
 as a whole, with kernels of `tasks.index_frame`, freed of points that no spot asks for, and reduced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product
@@ -24,7 +25,7 @@ from storage.errors import BadRecipe
 from tasks.index_frame import _refine, _refine_vectors, _score_directions, _true_q, strain_basis
 from tasks.unit_cell import UnitCell, _reduce_rows
 
-__all__ = ["CellSearchParams", "FoundLattice", "find_lattice"]
+__all__ = ["CellSearchParams", "FoundLattice", "distance_scale", "find_lattice"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,54 @@ def _best_refined(
     return min(every, key=lambda one: one.log10_chance, default=None)
 
 
+def distance_scale(
+    stills: Sequence[tuple[np.ndarray, FoundLattice]], wavelength: float, params: CellSearchParams | None = None
+) -> float:
+    """True detector distance over the assumed one, as the lattices of several stills want it.
+
+    A wrong distance bends the Ewald sphere that the spots are put on, so lattices fit worse. Their misfit is compared
+    at a few distances; a result at an end, 0.94 or 1.06, means that or more. Not seen are a wrong wavelength, and
+    a wrong distance where all spots are near the beam: both only scale the cell.
+
+    Parameters
+    ----------
+    stills : q (n, 3) and the lattice found in it, of each.
+    """
+    p = params or CellSearchParams()
+    scales = np.linspace(0.94, 1.06, 9)
+    misfit = np.array(
+        [[_misfit(_at_distance(q, scale, wavelength), f, scale, wavelength, p) for scale in scales] for q, f in stills]
+    )
+    usable = misfit[np.isfinite(misfit).all(axis=1)]
+    if not len(usable):
+        return 1.0
+    # The median leaves aside a still whose lattice is another one at another distance.
+    total = np.median(np.log(usable / usable.mean(axis=1, keepdims=True)), axis=0)
+    best = int(np.clip(total.argmin(), 1, len(scales) - 2))
+    curve, slope, _ = np.polyfit(scales[best - 1 : best + 2] - 1, total[best - 1 : best + 2], 2)
+    if curve <= 0:
+        return float(scales[total.argmin()])
+    return float(np.clip(1 - slope / (2 * curve), scales[0], scales[-1]))
+
+
+def _at_distance(q: np.ndarray, scale: float, wavelength: float) -> np.ndarray:
+    """Scattering vectors of the same spots were the detector farther away by a factor."""
+    ray = q * wavelength + [0.0, 0.0, 1.0]
+    ray = ray / ray[:, 2:] * [1 / scale, 1 / scale, 1.0]
+    ray /= np.linalg.norm(ray, axis=1, keepdims=True)
+    return np.asarray((ray - [0.0, 0.0, 1.0]) / wavelength)
+
+
+def _misfit(q: np.ndarray, found: FoundLattice, scale: float, wavelength: float, p: CellSearchParams) -> float:
+    """Root mean square distance of spots across the ray, capped for those that do not fit; NaN if nothing does."""
+    refined = _refined(_sorted_spots(q), found.rows * scale, wavelength, p)
+    if refined is None or not 0.6 < np.linalg.det(refined.rows) / np.linalg.det(found.rows) / scale**3 < 1.6:
+        return float("nan")
+    n_off = max(found.n_indexed - refined.n_indexed, 0)
+    squares = refined.n_indexed * refined.rmsd**2 + n_off * (4 * found.rmsd) ** 2
+    return float(np.sqrt(squares / (refined.n_indexed + n_off)))
+
+
 # Explained fraction with which the search ends.
 _CONVINCING = 0.6
 _N_VECTORS = 32
@@ -134,8 +183,9 @@ _OVERSAMPLING = 1.25
 # Distances from a point of the lattice, 1/Å, at which agreement is counted: a still measures well across the ray only.
 _ACROSS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 _ALONG = (6e-4, 1.5e-3, 4e-3)
-# For the refinement of nine parameters and a shift, over the count of resolution elements.
-_LOG10_FREEDOM = 2.0
+# For the refinement of nine parameters and a shift, and for spots denser near the beam than the count of resolution
+# elements assumes: with 2, 3 of 60 frames of 100 such spots had a lattice.
+_LOG10_FREEDOM = 4.0
 # Share of the explained spots that must do without half or two thirds of the points for these to be left out.
 _OBEYING = 0.8
 # Relative strain by which a cell may be refined away from where it was found.

@@ -120,29 +120,27 @@ def distance_scale(
 ) -> float:
     """True detector distance over the assumed one, as the lattices of several stills want it.
 
-    A wrong distance bends the Ewald sphere that the spots are put on, so lattices fit worse. Their misfit is compared
-    at a few distances; a result at an end, 0.94 or 1.06, means that or more. Not seen are a wrong wavelength, and
-    a wrong distance where all spots are near the beam: both only scale the cell.
+    A wrong distance bends the Ewald sphere that the spots are put on, so that lattices fit worse: how little chance
+    explains them is compared at a few distances. A result at an end, 0.94 or 1.06, means that or more. Not
+    seen are a wrong wavelength, and a wrong distance where all spots are near the beam: both only scale the cell.
 
     Parameters
     ----------
-    stills : q (n, 3) and the lattice found in it, of each.
+    stills : q (n, 3) and the lattice found in it, of each; without any, 1.
     """
     p = params or CellSearchParams()
-    scales = np.linspace(0.94, 1.06, 9)
-    misfit = np.array(
-        [[_misfit(_at_distance(q, scale, wavelength), f, scale, wavelength, p) for scale in scales] for q, f in stills]
-    )
-    usable = misfit[np.isfinite(misfit).all(axis=1)]
-    if not len(usable):
-        return 1.0
-    # The median leaves aside a still whose lattice is another one at another distance.
-    total = np.median(np.log(usable / usable.mean(axis=1, keepdims=True)), axis=0)
-    best = int(np.clip(total.argmin(), 1, len(scales) - 2))
-    curve, slope, _ = np.polyfit(scales[best - 1 : best + 2] - 1, total[best - 1 : best + 2], 2)
-    if curve <= 0:
-        return float(scales[total.argmin()])
-    return float(np.clip(1 - slope / (2 * curve), scales[0], scales[-1]))
+    scales = np.linspace(0.94, 1.06, 13)
+    chance = np.zeros(len(scales))
+    for i, scale in enumerate(scales):
+        for q, found in stills:
+            moved = _sorted_spots(_at_distance(q, scale, wavelength))
+            refined = _refined(moved, found.rows * scale, wavelength, p)
+            chance[i] += refined.log10_chance if refined is not None else 0.0
+    best = int(chance.argmin())
+    if not chance.any() or best in (0, len(scales) - 1):
+        return float(scales[best]) if chance.any() else 1.0
+    before, here, after = chance[best - 1 : best + 2]
+    return float(scales[best] + (scales[1] - scales[0]) * (before - after) / 2 / (before - 2 * here + after))
 
 
 def _at_distance(q: np.ndarray, scale: float, wavelength: float) -> np.ndarray:
@@ -153,16 +151,6 @@ def _at_distance(q: np.ndarray, scale: float, wavelength: float) -> np.ndarray:
     return np.asarray((ray - [0.0, 0.0, 1.0]) / wavelength)
 
 
-def _misfit(q: np.ndarray, found: FoundLattice, scale: float, wavelength: float, p: CellSearchParams) -> float:
-    """Root mean square distance of spots across the ray, capped for those that do not fit; NaN if nothing does."""
-    refined = _refined(_sorted_spots(q), found.rows * scale, wavelength, p)
-    if refined is None or not 0.6 < np.linalg.det(refined.rows) / np.linalg.det(found.rows) / scale**3 < 1.6:
-        return float("nan")
-    n_off = max(found.n_indexed - refined.n_indexed, 0)
-    squares = refined.n_indexed * refined.rmsd**2 + n_off * (4 * found.rmsd) ** 2
-    return float(np.sqrt(squares / (refined.n_indexed + n_off)))
-
-
 # Explained fraction with which the search ends.
 _CONVINCING = 0.6
 _N_VECTORS = 32
@@ -170,7 +158,7 @@ _N_PEAKS = 400
 # Of these, multiples of the shortest and others of a plane with it; the sine below which a vector counts as such.
 _N_LINE, _N_PLANE, _SINE = 2, 8, 0.04
 _N_BASES = 4
-# 1/Å; what lies at the beam itself fits every lattice and tells nothing.
+# 1/Å; what lies at the beam itself fits every lattice and tells nothing, and spots so near to each other are one.
 _BEAM = 1e-4
 _GROWTH = 1.6
 # Of third axes: distance of the other two from whole numbers, spots that score, steps in fringes of the farthest.
@@ -193,10 +181,12 @@ _STRAIN_SIGMA = 0.03
 
 
 def _sorted_spots(q: np.ndarray) -> np.ndarray:
-    """Usable spots, innermost first."""
+    """Usable spots, innermost first; of several at one place one."""
     q = np.ascontiguousarray(q, float).reshape(-1, 3)
     length = np.linalg.norm(q, axis=1)
     usable = np.flatnonzero(np.isfinite(length) & (length > _BEAM))
+    _, first = np.unique(np.rint(q[usable] / _BEAM).astype(int), axis=0, return_index=True)
+    usable = usable[np.sort(first)]
     return q[usable[np.argsort(length[usable], kind="stable")]]
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Stream",
     "errors",
     "explain",
+    "find_cell",
     "merge",
     "open",
     "process",
@@ -337,6 +338,41 @@ def merge(runs: str | Sequence[str], output: str | Path | None = None, **options
     options.setdefault("root", _root_from_environment())
     texts = (runs,) if isinstance(runs, str) else tuple(str(run) for run in runs)
     return merge_runs(MergeRequest(runs=texts, **options), Path(output) if output else None).model_dump(mode="json")
+
+
+def find_cell(
+    run: str | Path,
+    *,
+    n_hits: int = 200,
+    processing: str | None = None,
+    data_source: str | None = None,
+    timeout: float | None = 30.0,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Find the unit cell of an unknown sample from the first hits of a run, live or finished.
+
+    Parameters
+    ----------
+    n_hits : hits to try, at most.
+    processing : whose peaks; by default the newest that has some, else they are searched for here.
+    timeout : s without a new frame after which a live run is taken as it is.
+
+    Returns
+    -------
+    The fields of `flows.finding_cell.CellReport`; ``cell`` is None, and ``why`` says why, where hits do not agree.
+
+    Raises
+    ------
+    RunNotFound : there is no such processing. BadFrame : the detector told no distance or wavelength.
+    """
+    from flows import finding_cell
+
+    opened = open(run, service=service, root=root)
+    found = finding_cell.find_cell(
+        opened, n_hits=n_hits, processing=processing, data_source=data_source, timeout=timeout
+    )
+    return found.model_dump(mode="json")
 
 
 def explain(

@@ -15,6 +15,7 @@ from rich.console import Console
 import nearline
 from nearline import (
     automation_commands,
+    cell_commands,
     decision_commands,
     detector_commands,
     experiment_commands,
@@ -469,6 +470,7 @@ app.add_typer(group_commands.groups, name="groups")
 app.add_typer(group_commands.dead_letters, name="dead-letters")
 automation_commands.register(app)
 provenance_commands.register(app)
+cell_commands.register(app)
 decision_commands.register(app)
 detector_commands.register(app)
 

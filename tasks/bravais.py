@@ -1,0 +1,305 @@
+"""From a reduced cell to its Bravais lattice: what symmetry the metric has, within what error.
+
+Twofold axes that hold within a tolerance (Le Page 1982) generate groups of lattice rotations. Each group is a
+possible lattice; averaging the metric over it gives the cell that has this symmetry exactly, and the strain
+between both is how far the measured cell is from it. Conventional axes are the shortest lattice vectors along the
+group's axes; the centring follows from which places of the cell are lattice points (International Tables A, 3.1).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, permutations, product
+
+import numpy as np
+
+from tasks.unit_cell import BadCell, UnitCell, _unimodular, read_cell
+
+__all__ = ["BravaisLattice", "bravais_lattices", "metric_of", "parameters_of"]
+
+# Highest rotation group of each lattice, whose translations alone are centrings.
+_GROUPS = {
+    "aP": "P 1", "mP": "P 1 2 1", "mC": "C 1 2 1", "oP": "P 2 2 2", "oC": "C 2 2 2", "oI": "I 2 2 2", "oF": "F 2 2 2",
+    "tP": "P 4 2 2", "tI": "I 4 2 2", "hR": "R 3 2:H", "hP": "P 6 2 2",
+    "cP": "P 4 3 2", "cI": "I 4 3 2", "cF": "F 4 3 2",
+}  # fmt: skip
+_FAMILY = {1: "a", 2: "m", 4: "o", 6: "h", 8: "t", 12: "h", 24: "c"}
+_SYSTEMS = {"a": "triclinic", "m": "monoclinic", "o": "orthorhombic", "t": "tetragonal", "h": "hexagonal", "c": "cubic"}
+# Whole numbers of the lattice vectors that can be conventional axes, in terms of a reduced basis.
+_REACH = 3
+# Short vectors of the plane across a monoclinic axis among which a and c are sought.
+_N_IN_PLANE = 12
+
+
+@dataclass(frozen=True)
+class BravaisLattice:
+    """A lattice type that a measured cell may be.
+
+    symbol : such as ``tP`` or ``hR``. cell : conventional, with the symmetry exactly, in the highest
+        rotation group of the lattice. deviation : largest relative strain that takes the
+        measured cell there. order : of its rotation group, 1 to 24.
+    rows : (3, 3) whole numbers; conventional axes in terms of the measured basis.
+    """
+
+    symbol: str
+    cell: UnitCell
+    deviation: float
+    order: int
+    rows: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """In words, such as ``tetragonal P``."""
+        system = "rhombohedral" if self.symbol == "hR" else _SYSTEMS[self.symbol[0]]
+        return f"{system} {self.symbol[1]}"
+
+
+def bravais_lattices(rows: np.ndarray, tolerance: float = 0.03) -> list[BravaisLattice]:
+    """All lattice types within a relative strain of a primitive cell, the highest symmetry first.
+
+    Parameters
+    ----------
+    rows : (3, 3) Å, real axes of a reduced primitive cell.
+    """
+    metric = metric_of(rows)
+    found: dict[tuple[str, tuple[int, ...]], BravaisLattice] = {}
+    for group in _groups(_twofolds(metric, tolerance)):
+        lattice = _lattice_of(metric, group)
+        if lattice is not None and lattice.deviation <= tolerance:
+            key = (lattice.symbol, tuple(np.rint(np.array(lattice.cell.parameters) * 100).astype(int)))
+            found.setdefault(key, lattice)
+    return sorted(found.values(), key=lambda one: (-one.order, one.deviation))
+
+
+def metric_of(rows: np.ndarray) -> np.ndarray:
+    """(3, 3) Å²: scalar products of the axes."""
+    return rows @ rows.T
+
+
+def parameters_of(metric: np.ndarray) -> tuple[float, float, float, float, float, float]:
+    """(a, b, c, alpha, beta, gamma), Å and degrees, of a metric."""
+    a, b, c = np.sqrt(np.diag(metric))
+    cosines = metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b)
+    alpha, beta, gamma = np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+    return float(a), float(b), float(c), float(alpha), float(beta), float(gamma)
+
+
+# ---- groups ---------------------------------------------------------------------------------------
+
+
+def _twofolds(metric: np.ndarray, tolerance: float) -> list[np.ndarray]:
+    """Whole-number matrices S of twofold rotations that change the metric, S G S', by less than the tolerance.
+
+    In a reduced basis their elements are -1, 0 and 1, so that all are tried.
+    """
+    candidates = _all_twofolds()
+    moved = candidates @ metric @ candidates.transpose(0, 2, 1)
+    scale = np.sqrt(np.outer(np.diag(metric), np.diag(metric)))
+    # A strain of e changes scalar products by up to 2 e; half of the deviation is on each side of the mean.
+    off = (np.abs(moved - metric) / scale).max(axis=(1, 2))
+    order = np.argsort(off, kind="stable")
+    # No lattice has more than nine twofolds.
+    return [candidates[i] for i in order[:12] if off[i] <= 6 * tolerance]
+
+
+@cache
+def _all_twofolds() -> np.ndarray:
+    every = _unimodular()
+    is_twofold = (every @ every == np.eye(3, dtype=int)).all(axis=(1, 2)) & (np.trace(every, axis1=1, axis2=2) == -1)
+    return every[is_twofold]
+
+
+def _groups(twofolds: list[np.ndarray]) -> list[np.ndarray]:
+    """All finite groups, (n, 3, 3), generated by up to three of the twofolds."""
+    found: dict[frozenset[bytes], np.ndarray] = {frozenset(): np.eye(3, dtype=int)[None]}
+    for n in (1, 2, 3):
+        for chosen in combinations(twofolds, n):
+            group = _closure(chosen)
+            if group is not None:
+                found.setdefault(frozenset(m.tobytes() for m in group), group)
+    return list(found.values())
+
+
+def _closure(generators: Iterable[np.ndarray]) -> np.ndarray | None:
+    """The group that matrices generate; None if it has more than the 24 rotations of a cube."""
+    known = {np.eye(3, dtype=int).tobytes(): np.eye(3, dtype=int)}
+    fresh = list(known.values())
+    while fresh:
+        products = [one @ g for one in fresh for g in generators]
+        fresh = []
+        for product_ in products:
+            if np.abs(product_).max() > 2:
+                return None
+            if product_.tobytes() not in known:
+                known[product_.tobytes()] = product_
+                fresh.append(product_)
+        if len(known) > 24:
+            return None
+    return np.array(list(known.values()))
+
+
+# ---- conventional cells ---------------------------------------------------------------------------
+
+
+def _lattice_of(metric: np.ndarray, group: np.ndarray) -> BravaisLattice | None:
+    """The lattice that a group of rotations makes of a metric; None if it is another one's group in disguise."""
+    if len(group) not in _FAMILY:
+        return None
+    exact = (group @ metric @ group.transpose(0, 2, 1)).mean(axis=0)
+    axes = _conventional_axes(exact, group)
+    if axes is None:
+        return None
+    symbol, rows = axes
+    try:
+        cell = read_cell(_snapped(parameters_of(rows @ exact @ rows.T), symbol), _GROUPS[symbol])
+    except BadCell:
+        return None
+    return BravaisLattice(symbol, cell, _strain(metric, exact), len(group), rows)
+
+
+def _strain(one: np.ndarray, other: np.ndarray) -> float:
+    """Largest relative change of any length between two metrics."""
+    ratio = np.linalg.eigvals(np.linalg.solve(other, one)).real
+    return float(np.abs(np.sqrt(np.maximum(ratio, 1e-12)) - 1).max())
+
+
+def _snapped(parameters: Sequence[float], symbol: str) -> list[float]:
+    """Rounding errors of angles that symmetry fixes taken away."""
+    if symbol == "aP":
+        return list(parameters)
+    angles = [float(round(v)) if abs(v - round(v)) < 1e-6 else v for v in parameters[3:]]
+    return [*parameters[:3], *angles]
+
+
+def _conventional_axes(metric: np.ndarray, group: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """(symbol, rows of whole numbers) of the conventional cell; right-handed."""
+    order = len(group)
+    if order == 1:
+        return "aP", np.eye(3, dtype=int)
+    if order == 2:
+        return _monoclinic(metric, group)
+    if order == 4:
+        return _orthorhombic(metric, group)
+    if order == 24:
+        return _cubic(group)
+    return _with_main_axis(metric, group, {6: 3, 8: 4, 12: 6}[order])
+
+
+def _axis_of(rotation: np.ndarray) -> np.ndarray:
+    """The shortest lattice vector along the axis of a rotation, which turns row vectors: v S = v."""
+    powers, total = rotation, np.eye(3, dtype=int)
+    while not (powers == np.eye(3, dtype=int)).all():
+        total, powers = total + powers, powers @ rotation
+    vector = next(row for row in total if row.any())
+    return np.array(vector // np.gcd.reduce(vector))
+
+
+def _order(rotation: np.ndarray) -> int:
+    return {3: 1, -1: 2, 0: 3, 1: 4, 2: 6}[int(np.trace(rotation))]
+
+
+@cache
+def _small_vectors() -> np.ndarray:
+    every = np.array(list(product(range(-_REACH, _REACH + 1), repeat=3)))
+    return every[np.any(every != 0, axis=1)]
+
+
+def _across(metric: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Lattice vectors at right angles to an axis, the shortest first."""
+    vectors = _small_vectors()
+    along = vectors @ metric @ axis
+    length = np.einsum("ni,ij,nj->n", vectors, metric, vectors)
+    is_across = np.abs(along) < 1e-6 * np.sqrt(length * (axis @ metric @ axis))
+    order = np.lexsort((-vectors[is_across].sum(axis=1), length[is_across].round(6)))
+    return np.array(vectors[is_across][order])
+
+
+def _volume(rows: np.ndarray) -> int:
+    """Lattice points in the cell of these axes; negative for a left-handed one."""
+    return int(np.rint(np.linalg.det(rows)))
+
+
+def _right_handed(rows: np.ndarray) -> np.ndarray:
+    return rows if _volume(rows) > 0 else -rows
+
+
+def _holds(rows: np.ndarray, centring: tuple[float, float, float]) -> bool:
+    """Whether a place in the cell of these axes is a lattice point."""
+    place = np.array(centring) @ rows
+    return bool(np.abs(place - np.rint(place)).max() < 1e-6)
+
+
+_FACE_OR_BODY = {"A": (0, 0.5, 0.5), "B": (0.5, 0, 0.5), "C": (0.5, 0.5, 0), "I": (0.5, 0.5, 0.5)}
+
+
+def _centring(rows: np.ndarray) -> str | None:
+    points = abs(_volume(rows))
+    if points == 1:
+        return "P"
+    held = [name for name, place in _FACE_OR_BODY.items() if _holds(rows, place)]
+    if points == 4 and set("ABC") <= set(held):
+        return "F"
+    return held[0] if points == 2 and held else None
+
+
+def _monoclinic(metric: np.ndarray, group: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """Unique axis b, P or C centred, with the β from 90° that is nearest to it."""
+    b = _axis_of(next(m for m in group if _order(m) == 2))
+    plane = _across(metric, b)[:_N_IN_PLANE]
+    cells = [np.array([a, b, c]) for a, c in permutations(plane, 2) if a @ metric @ c <= 1e-6]
+    volumes = [abs(_volume(rows)) for rows in cells]
+    smallest = min((v for v in volumes if v), default=0)
+    cells = [rows for rows, v in zip(cells, volumes, strict=True) if v == smallest and _centring(rows) in ("P", "C")]
+    if not cells:
+        return None
+    # Of an oblique net the shortest axes have the angle nearest to 90°; a before c by length where both will do.
+    rows = min(cells, key=lambda r: (round(abs(parameters_of(r @ metric @ r.T)[4] - 90), 3), r[0] @ metric @ r[0]))
+    return f"m{_centring(rows)}", rows if _volume(rows) > 0 else rows * [[1], [-1], [1]]
+
+
+def _orthorhombic(metric: np.ndarray, group: np.ndarray) -> tuple[str, np.ndarray] | None:
+    """a, b, c by length; C centring with a, b by length."""
+    axes = sorted((_axis_of(m) for m in group if _order(m) == 2), key=lambda v: float(v @ metric @ v))
+    if len(axes) != 3:
+        return None
+    centring = _centring(np.array(axes))
+    if centring is None:
+        return None
+    if centring in "AB":
+        place = "AB".index(centring)
+        axes = [v for i, v in enumerate(axes) if i != place] + [axes[place]]
+        centring = "C"
+    return f"o{centring}", _right_handed(np.array(axes))
+
+
+def _cubic(group: np.ndarray) -> tuple[str, np.ndarray] | None:
+    every = [_axis_of(m) for m in group if _order(m) == 4]
+    axes: list[np.ndarray] = []
+    for v in every:
+        if not any((v == u).all() or (v == -u).all() for u in axes):
+            axes.append(v)
+    if len(axes) != 3:
+        return None
+    centring = _centring(np.array(axes))
+    return (f"c{centring}", _right_handed(np.array(axes))) if centring in ("P", "I", "F") else None
+
+
+def _with_main_axis(metric: np.ndarray, group: np.ndarray, fold: int) -> tuple[str, np.ndarray] | None:
+    """Tetragonal, hexagonal and rhombohedral (on hexagonal axes, obverse): c along the main axis."""
+    main = next((m for m in group if _order(m) == fold), None)
+    if main is None:
+        return None
+    c = _axis_of(main)
+    a = _across(metric, c)[0]
+    b = a @ main if fold != 6 else a @ main @ main
+    rows = _right_handed(np.array([a, b, c]))
+    if fold == 4:
+        centring = _centring(rows)
+        return (f"t{centring}", rows) if centring in ("P", "I") else None
+    if fold == 6:
+        return ("hP", rows) if _volume(rows) == 1 else None
+    if _volume(rows) != 3:
+        return None  # a primitive lattice with a threefold axis has a sixfold one
+    if not _holds(rows, (2 / 3, 1 / 3, 1 / 3)):
+        rows = np.array([-rows[0], -rows[1], rows[2]])
+    return "hR", rows

@@ -50,6 +50,7 @@ __all__ = [
     "find_function",
     "read_crystal",
     "rows_by_frame",
+    "scattering_vectors",
     "user_step",
 ]
 
@@ -313,7 +314,7 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
         if not hit[position]:
             return []
         mine = peaks.slice(*rows[position])
-        return indexer(_scattering_vectors(geometry, mine), mine["intensity"].to_numpy())
+        return indexer(scattering_vectors(geometry, mine), mine["intensity"].to_numpy())
 
     crystals = chunk.map(one)
     n_crystals = np.array([len(c) for c in crystals], np.int64)
@@ -350,7 +351,7 @@ def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | 
         found = [read_crystal(row, cell) for row in crystals.slice(*rows[position]).to_pylist()]
         if not found:
             return []
-        q = _scattering_vectors(chunk.detector_geometry, peaks.slice(*peak_rows[position]))
+        q = scattering_vectors(chunk.detector_geometry, peaks.slice(*peak_rows[position]))
         radii = [profile_radius(crystal, q, geometry.wavelength) for crystal in found]
         predicted = [predict_spots(c, geometry, r, hkl) for c, r in zip(found, radii, strict=True)]
         frame = chunk.borrowed(position)
@@ -391,7 +392,7 @@ def _others(predicted: list[np.ndarray], number: int) -> np.ndarray | None:
     return np.concatenate(rest) if rest else None
 
 
-def _scattering_vectors(geometry: Geometry, peaks: pa.Table) -> np.ndarray:
+def scattering_vectors(geometry: Geometry, peaks: pa.Table) -> np.ndarray:
     """(n, 3) in 1/Å of the rows of a peaks table, panel by panel."""
     x, y, panel = (peaks[name].to_numpy() for name in ("x", "y", "panel"))
     q = np.empty((len(x), 3))

@@ -163,7 +163,7 @@ _BEAM = 1e-4
 _GROWTH = 1.6
 # Of third axes: distance of the other two from whole numbers, spots that score, steps in fringes of the farthest.
 _FITTING, _N_THIRD_SPOTS, _THIRD_STEP = 0.2, 60, 0.5
-_MOST_PLACES = 8e5
+_MOST_PLACES = 6e5
 # Of the transform. Twice as many take 0.1 s.
 _MOST_POINTS = 1.6e6
 # Samples of the transform per spacing of its finest fringes, over the two of Nyquist.
@@ -377,7 +377,8 @@ def _completed(q: np.ndarray, basis: np.ndarray, wavelength: float, p: CellSearc
     places = _places_above(pair, spots[:_N_THIRD_SPOTS], p)
     score = np.empty(places.shape[1], np.float32)
     _score_directions(spots[:_N_THIRD_SPOTS].astype(np.float32), places, np.float32(0.0625), score)
-    top = np.argsort(score, kind="stable")[:_N_PEAKS]
+    top = np.argpartition(score, min(_N_PEAKS, len(score) - 1))[:_N_PEAKS]
+    top = top[np.lexsort((top, score[top]))]
     thirds = _refine_vectors(spots[:_N_THIRD_SPOTS], np.ascontiguousarray(places[:, top].T.astype(float)))
     thirds = _refine_vectors(spots, thirds)
     rows = np.array([[*pair, third] for third in thirds])
@@ -396,9 +397,10 @@ def _places_above(pair: np.ndarray, spots: np.ndarray, p: CellSearchParams) -> n
     heights = np.arange(max(p.min_axis, 5.0), p.max_axis, step)
     n = [max(2, int(np.ceil(np.linalg.norm(axis) / step))) for axis in pair]
     most = max(1, int(_MOST_PLACES / (n[0] * n[1])))
-    h, i, j = np.meshgrid(heights[:most], np.arange(n[0]) / n[0], np.arange(n[1]) / n[1], indexing="ij")
-    along = i.ravel()[:, None] * pair[0] + j.ravel()[:, None] * pair[1] + h.ravel()[:, None] * normal
-    return np.ascontiguousarray(along.T.astype(np.float32))
+    up = np.outer(normal, heights[:most]).astype(np.float32)[:, :, None, None]
+    first = np.outer(pair[0], np.arange(n[0]) / n[0]).astype(np.float32)[:, None, :, None]
+    second = np.outer(pair[1], np.arange(n[1]) / n[1]).astype(np.float32)[:, None, None, :]
+    return np.ascontiguousarray((up + first + second).reshape(3, -1))
 
 
 def _log10_chances(q: np.ndarray, rows: np.ndarray, wavelength: float) -> np.ndarray:

@@ -45,6 +45,8 @@ _MIN_PEAKS = 15
 # indexes, and the largest error of the distance that the lattices may ask for.
 _LIKELY, _SURE = (5, 0.4, 0.3, 0.02), (10, 0.6, 0.5, 0.01)
 _N_FOR_DISTANCE = 24
+# With the distance off by more even the shape of the cell comes out wrong.
+_MOST_DISTANCE_ERROR = 0.04
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,12 @@ def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, scale: float, kn
             **facts,
             why=f"{n_agreeing} hits agree on {cell.describe()}, but only {n_indexed} of {known['n_hits']} hits are "
             "indexed with it, so it is not proposed; check detector distance, wavelength and beam centre",
+        )
+    if abs(scale - 1) > _MOST_DISTANCE_ERROR:
+        return CellReport(
+            **facts,
+            why=f"{n_agreeing} hits agree on {cell.describe()}, but want the detector {100 * (scale - 1):+.0f} % farther "
+            "away, so it is not proposed; correct detector_distance (or the wavelength) and try again",
         )
     return CellReport(
         **facts,

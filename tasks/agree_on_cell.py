@@ -14,7 +14,7 @@ import numpy as np
 
 from tasks.bravais import BravaisLattice, bravais_lattices, metric_of, parameters_of
 from tasks.find_cell import FoundLattice
-from tasks.unit_cell import _unimodular, rotation_angle_deg
+from tasks.unit_cell import rotation_angle_deg, unimodular_matrices
 
 __all__ = ["AgreedCell", "AgreementParams", "agree_on_cell"]
 
@@ -111,7 +111,7 @@ def _aligned(
     cells: list[np.ndarray], among: np.ndarray, target: np.ndarray, p: AgreementParams
 ) -> tuple[np.ndarray, np.ndarray]:
     """Those of some lattices that have a basis like the target's, and their metrics (n, 3, 3) in it."""
-    changes = _unimodular()
+    changes = unimodular_matrices()
     scale = np.sqrt(np.outer(np.diag(target), np.diag(target)))
     members, metrics = [], []
     for i in among:

@@ -13,7 +13,7 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 
-from tasks.unit_cell import BadCell, UnitCell, _unimodular, read_cell
+from tasks.unit_cell import BadCell, UnitCell, read_cell, unimodular_matrices
 
 __all__ = ["BravaisLattice", "bravais_lattices", "metric_of", "parameters_of"]
 
@@ -104,7 +104,7 @@ def _twofolds(metric: np.ndarray, tolerance: float) -> list[np.ndarray]:
 
 @cache
 def _all_twofolds() -> np.ndarray:
-    every = _unimodular()
+    every = unimodular_matrices()
     is_twofold = (every @ every == np.eye(3, dtype=int)).all(axis=(1, 2)) & (np.trace(every, axis1=1, axis2=2) == -1)
     return every[is_twofold]
 

@@ -22,8 +22,8 @@ from numba import njit
 from scipy.fft import next_fast_len, rfftn
 
 from storage.errors import BadRecipe
-from tasks.index_frame import _refine, _refine_vectors, _score_directions, _true_q, strain_basis
-from tasks.unit_cell import UnitCell, _reduce_rows
+from tasks.index_frame import refine_lattice, refine_vectors, score_directions, strain_basis, true_q
+from tasks.unit_cell import UnitCell, reduce_rows
 
 __all__ = ["CellSearchParams", "FoundLattice", "distance_scale", "find_lattice"]
 
@@ -211,11 +211,11 @@ def _is_accepted(found: FoundLattice, p: CellSearchParams) -> bool:
 def _lattice_vectors(q: np.ndarray, reach: float, p: CellSearchParams) -> np.ndarray:
     """Refined vectors, (n, 3) Å, that make q.v near-integer for the most spots; short ones first."""
     inner, reach = _spots_for_grid(q[: p.n_search_spots], reach)
-    vectors = _refine_vectors(inner, _maxima(inner, reach))
+    vectors = refine_vectors(inner, _maxima(inner, reach))
     n = len(inner)
     while n < min(len(q), p.max_spots):
         n = int(_GROWTH * n)
-        vectors = _refine_vectors(q[: min(n, p.max_spots)], vectors)
+        vectors = refine_vectors(q[: min(n, p.max_spots)], vectors)
     off = vectors @ inner.T
     is_used = np.abs(off).max(axis=1, initial=0.0) > 0.75
     off = np.abs(off - np.rint(off))
@@ -376,11 +376,11 @@ def _completed(q: np.ndarray, basis: np.ndarray, wavelength: float, p: CellSearc
         return []
     places = _places_above(pair, spots[:_N_THIRD_SPOTS], p)
     score = np.empty(places.shape[1], np.float32)
-    _score_directions(spots[:_N_THIRD_SPOTS].astype(np.float32), places, np.float32(0.0625), score)
+    score_directions(spots[:_N_THIRD_SPOTS].astype(np.float32), places, np.float32(0.0625), score)
     top = np.argpartition(score, min(_N_PEAKS, len(score) - 1))[:_N_PEAKS]
     top = top[np.lexsort((top, score[top]))]
-    thirds = _refine_vectors(spots[:_N_THIRD_SPOTS], np.ascontiguousarray(places[:, top].T.astype(float)))
-    thirds = _refine_vectors(spots, thirds)
+    thirds = refine_vectors(spots[:_N_THIRD_SPOTS], np.ascontiguousarray(places[:, top].T.astype(float)))
+    thirds = refine_vectors(spots, thirds)
     rows = np.array([[*pair, third] for third in thirds])
     volume = np.linalg.det(rows)
     is_solid = np.abs(volume) > 0.3 * np.linalg.norm(np.cross(*pair)) * p.min_axis
@@ -480,8 +480,8 @@ def _refined(q: np.ndarray, rows: np.ndarray, wavelength: float, p: CellSearchPa
     n, last = min(p.n_search_spots, len(q)), min(p.max_spots, len(q))
     shift = np.zeros(2)
     while True:
-        U, B, shift, n_used = _refine(
-            q[:n], np.eye(3), np.linalg.inv(rows), shift, np.linalg.inv(rows), _free_strains(), wavelength,
+        U, B, shift, n_used = refine_lattice(
+            q[:n], np.eye(3), np.linalg.inv(rows), shift, rows, _free_strains(), wavelength,
             p.radial_weight, p.tolerance, p.shift_sigma, _STRAIN_SIGMA,
         )  # fmt: skip
         if n_used < 6 or not np.isfinite(B).all() or not 0.5 < np.linalg.det(B @ rows) < 2:
@@ -533,7 +533,7 @@ def _described(
     q: np.ndarray, rows: np.ndarray, shift: np.ndarray, wavelength: float, p: CellSearchParams
 ) -> FoundLattice | None:
     rows = _reduced(rows)
-    observed = _true_q(q, shift, wavelength)
+    observed = true_q(q, shift, wavelength)
     index = observed @ rows.T
     is_in = np.abs(index - np.rint(index)).max(axis=1) <= p.tolerance
     if not is_in.any():
@@ -553,4 +553,4 @@ def _described(
 
 def _reduced(rows: np.ndarray) -> np.ndarray:
     """The same lattice by a right-handed basis of shortest vectors."""
-    return _reduce_rows(np.eye(3), rows) @ rows
+    return reduce_rows(np.eye(3), rows) @ rows

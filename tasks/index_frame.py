@@ -22,7 +22,16 @@ from numba import njit
 from storage.errors import BadRecipe
 from tasks.unit_cell import BadCell, UnitCell, hkl_symmetry_ops, lattice_rotations, rotation_angle_deg
 
-__all__ = ["Crystal", "IndexParams", "Indexer"]
+__all__ = [
+    "Crystal",
+    "IndexParams",
+    "Indexer",
+    "refine_lattice",
+    "refine_vectors",
+    "score_directions",
+    "strain_basis",
+    "true_q",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Crystal:
 
     def hkl(self, q: np.ndarray, wavelength: float) -> tuple[np.ndarray, np.ndarray]:
         """Nearest whole indices (n, 3) int of spots q (n, 3), and the largest distance (n,) from them."""
-        index = _true_q(q, np.array(self.shift), wavelength) @ np.linalg.inv(self.A).T
+        index = true_q(q, np.array(self.shift), wavelength) @ np.linalg.inv(self.A).T
         nearest = np.rint(index)
         return nearest.astype(int), np.abs(index - nearest).max(axis=1, initial=0.0)
 
@@ -226,14 +235,14 @@ class Indexer:
 
     def _refine(self, q: np.ndarray, start: "_Start") -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         p = self.params
-        return _refine(
+        return refine_lattice(
             q, start.U, start.B, start.shift, self._rows, self._strains, self.wavelength,
             p.radial_weight, p.tolerance, p.shift_sigma if p.refine_shift else 0.0, p.strain_sigma,
         )  # fmt: skip
 
     def _described(self, q: np.ndarray, A: np.ndarray, shift: np.ndarray) -> Crystal | None:
         """Count, compare and convert: A of the primitive cell becomes that of the cell itself."""
-        observed = _true_q(q, shift, self.wavelength)
+        observed = true_q(q, shift, self.wavelength)
         index = observed @ np.linalg.inv(A).T
         off = np.abs(index - np.rint(index)).max(axis=1)
         is_in = off <= self.params.tolerance
@@ -341,7 +350,7 @@ def strain_basis(cell: UnitCell) -> np.ndarray:
     return np.ascontiguousarray(basis[: int((size > 1e-6).sum())].reshape(-1, 3, 3))
 
 
-def _true_q(q: np.ndarray, shift: np.ndarray, wavelength: float) -> np.ndarray:
+def true_q(q: np.ndarray, shift: np.ndarray, wavelength: float) -> np.ndarray:
     """Scattering vectors after the detector has been moved by ``shift`` (x, y) times its distance."""
     ray = q * wavelength + [0.0, 0.0, 1.0]
     ray = ray / ray[:, 2:] + [shift[0], shift[1], 0.0]
@@ -383,15 +392,15 @@ def _axis_candidates(q: np.ndarray, length: float, q_max: float) -> np.ndarray:
     n = _rounded_up(float(np.clip(2 * np.pi / spacing**2, 2000, 400_000)))
     directions = _half_sphere(n)
     score = np.empty(n, np.float32)
-    _score_directions((q * length).astype(np.float32), directions, np.float32(_CLIP**2), score)
+    score_directions((q * length).astype(np.float32), directions, np.float32(_CLIP**2), score)
     best = np.argpartition(score, min(16 * _N_VECTORS, n - 1))[: 16 * _N_VECTORS]
     best = best[np.lexsort((best, score[best]))]
     chosen = _spread_out(directions[:, best].T.astype(float), np.cos(2.5 * spacing), _N_VECTORS)
-    return _refine_vectors(q, chosen * length)
+    return refine_vectors(q, chosen * length)
 
 
 @njit(cache=True, nogil=True)
-def _score_directions(q, directions, clip, score):
+def score_directions(q, directions, clip, score):
     """Sum over spots of the squared distance of q.u from a whole number, clipped; blocks stay in cache."""
     n, block = score.size, 1024
     for start in range(0, n, block):
@@ -428,7 +437,7 @@ def _spread_out(directions, cosine, n_max):
 
 
 @njit(cache=True, nogil=True)
-def _refine_vectors(q, vectors):
+def refine_vectors(q, vectors):
     """Least squares of each vector with its whole numbers fixed, while the tolerance shrinks."""
     out = vectors.copy()
     for i in range(out.shape[0]):
@@ -546,7 +555,7 @@ def _best_turns(q, rows, axis, n_turns):
 
 
 @njit(cache=True, nogil=True)
-def _refine(q, U, B, shift, rows, strains, wavelength, radial_weight, tolerance, shift_sigma, strain_sigma):
+def refine_lattice(q, U, B, shift, rows, strains, wavelength, radial_weight, tolerance, shift_sigma, strain_sigma):
     """Gauss-Newton of orientation, strain and shift on the spots that fit, while the tolerance shrinks.
 
     Residual of a spot: q_observed - shift effect - U B h; across the ray it is measured by the
@@ -616,7 +625,7 @@ def _refine(q, U, B, shift, rows, strains, wavelength, radial_weight, tolerance,
 
 @njit(cache=True, nogil=True)
 def _shifted(x, y, z, shift_x, shift_y, wavelength):
-    """True scattering vector and ray (unit) of a spot whose detector stands shifted; as `_true_q`."""
+    """True scattering vector and ray (unit) of a spot whose detector stands shifted; as `true_q`."""
     kz = z * wavelength + 1.0
     kx, ky = x * wavelength / kz + shift_x, y * wavelength / kz + shift_y
     length = np.sqrt(kx * kx + ky * ky + 1.0)

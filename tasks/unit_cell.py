@@ -26,8 +26,10 @@ __all__ = [
     "lattice_rotations",
     "parameters_from_matrix",
     "read_cell",
+    "reduce_rows",
     "rotation_angle_deg",
     "same_orientation",
+    "unimodular_matrices",
 ]
 
 # Real-space primitive axes (rows) in terms of the centred cell's axes, International Tables A, 1.5.4.
@@ -132,7 +134,7 @@ class UnitCell:
         Right-handed and shortest-vector reduced, so that direction sampling meets short axes.
         """
         rows = np.array(_PRIMITIVE_ROWS[self.centring], float)
-        return _reduce_rows(rows, np.linalg.inv(self.B))
+        return reduce_rows(rows, np.linalg.inv(self.B))
 
     def with_parameters(self, parameters: Sequence[float]) -> "UnitCell":
         """The same symmetry with other cell edges and angles."""
@@ -226,7 +228,7 @@ def lattice_rotations(cell: UnitCell, tolerance: float = 2e-3) -> np.ndarray:
     T = cell.primitive_rows
     rows = T @ np.linalg.inv(cell.B)
     metric = rows @ rows.T
-    candidates = _unimodular()
+    candidates = unimodular_matrices()
     moved = candidates @ metric @ candidates.transpose(0, 2, 1)
     scale = np.sqrt(np.outer(np.diag(metric), np.diag(metric)))
     kept = candidates[(np.abs(moved - metric) <= 2 * tolerance * scale).all(axis=(1, 2))]
@@ -234,7 +236,7 @@ def lattice_rotations(cell: UnitCell, tolerance: float = 2e-3) -> np.ndarray:
 
 
 @cache
-def _unimodular() -> np.ndarray:
+def unimodular_matrices() -> np.ndarray:
     """(n, 3, 3) int: the matrices of elements -1, 0, 1 and determinant 1."""
     every = np.array(list(product((-1, 0, 1), repeat=9))).reshape(-1, 3, 3)
     return every[np.rint(np.linalg.det(every)) == 1]
@@ -365,7 +367,7 @@ def _group_of_lattice(found: dict[str, str], path: Path) -> str:
     return _SYMMORPHIC[lattice].format(c=centring)
 
 
-def _reduce_rows(rows: np.ndarray, axes: np.ndarray) -> np.ndarray:
+def reduce_rows(rows: np.ndarray, axes: np.ndarray) -> np.ndarray:
     """Shortest-vector reduction of ``rows @ axes``: subtract whole vectors while one gets shorter."""
     rows = rows.copy()
     steps = np.array([s for s in product((-1, 0, 1), repeat=2) if any(s)])

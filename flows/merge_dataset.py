@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from prefect import flow, runtime
 
 from flows.markdown_page import MarkdownPage
-from flows.merging import MergeRequest, merge_runs, shell_table
+from flows.merged_files import shell_table
+from flows.merging import MergeRequest, merge_runs
 from flows.parameters import OptionalProcessing, Root, ServiceAddress, described
 from flows.reprocess_runs import Runs, Where
 

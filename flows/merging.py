@@ -3,14 +3,12 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import gemmi
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pydantic import Field
 
+from flows.merged_files import draw_statistics, hkl_text, merged_mtz
 from flows.run_choice import choose_runs
 from flows.run_tally import cell_of, chosen_processing, usual_d_min
 from storage.errors import BadRecipe, RunNotFound
@@ -19,10 +17,10 @@ from storage.models import Model, Record
 from storage.promotion import default_processing
 from storage.step_store import Processing
 from streaming.retrieval import open_run
-from tasks.merge_crystals import Merged, MergeStatistics, MergeSums, ShellStatistics
+from tasks.merge_crystals import Merged, MergeStatistics, MergeSums
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["MergeRequest", "MergeResult", "merge_runs", "shell_table"]
+__all__ = ["MergeRequest", "MergeResult", "merge_runs"]
 
 # Cells that differ by more do not belong to one merge; relative, and degrees.
 _LENGTH_TOLERANCE, _ANGLE_TOLERANCE = 0.02, 1.5
@@ -139,106 +137,15 @@ def _are_alike(one: UnitCell, other: UnitCell) -> bool:
     return bool(lengths and angles and one.space_group == other.space_group)
 
 
-# ---- files ----------------------------------------------------------------------------------------
-
-
 def _write(output: Path, request: MergeRequest, merged: Merged, result: MergeResult, cell: UnitCell) -> dict[str, str]:
     output.mkdir(parents=True, exist_ok=True)
     base = output / request.name
     is_apart = request.friedel_mates == "apart"
     files = {kind: base.with_name(f"{base.name}.{kind}") for kind in ("mtz", "hkl", "png", "json")}
     history = f"nearline merge: {len(result.inputs)} runs, {result.statistics.n_crystals} crystals"
-    _mtz(merged, cell, is_apart, history).write_to_file(str(files["mtz"]))
-    replace(files["hkl"], _hkl(merged, cell, is_apart, history).encode())
-    _draw(files["png"], result.statistics, history)
+    merged_mtz(merged, cell, is_apart, history).write_to_file(str(files["mtz"]))
+    replace(files["hkl"], hkl_text(merged, cell, is_apart, history).encode())
+    draw_statistics(files["png"], result.statistics, history)
     content = result.model_dump(mode="json") | {"request": request.model_dump(mode="json")}
     replace(files["json"], json.dumps(content, indent=1).encode())
     return {kind: str(path) for kind, path in files.items()}
-
-
-def _mtz(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> gemmi.Mtz:
-    """IMEAN, SIGIMEAN and N_OBS; or I(+), SIGI(+), I(-), SIGI(-), with one row for both mates."""
-    mtz = gemmi.Mtz(with_base=True)
-    mtz.spacegroup, mtz.title, mtz.history = cell.group, "merged by Nearline", [history[:80]]
-    mtz.add_dataset("nearline")
-    mtz.set_cell_for_all(gemmi.UnitCell(*cell.parameters))
-    if is_apart:
-        columns, data = _mates_side_by_side(merged)
-    else:
-        columns = [("IMEAN", "J"), ("SIGIMEAN", "Q"), ("N_OBS", "I")]
-        data = np.column_stack([merged.hkl, merged.intensity, merged.sigma, merged.n_observations])
-    for label, kind in columns:
-        mtz.add_column(label, kind)
-    mtz.set_data(np.ascontiguousarray(data, np.float32))
-    return mtz
-
-
-def _mates_side_by_side(merged: Merged) -> tuple[list[tuple[str, str]], np.ndarray]:
-    hkl, row = np.unique(merged.hkl, axis=0, return_inverse=True)
-    values = np.full((len(hkl), 4), np.nan)
-    for is_minus, at in ((False, 0), (True, 2)):
-        mine = merged.is_minus == is_minus
-        values[row.reshape(-1)[mine], at] = merged.intensity[mine]
-        values[row.reshape(-1)[mine], at + 1] = merged.sigma[mine]
-    columns = [("I(+)", "K"), ("SIGI(+)", "M"), ("I(-)", "K"), ("SIGI(-)", "M")]
-    return columns, np.column_stack([hkl, values])
-
-
-def _hkl(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> str:
-    """CrystFEL's reflection list 2.0; a minus mate under its own indices."""
-    symmetry = cell.point_group if is_apart else cell.group.laue_str()
-    lines = [
-        "CrystFEL reflection list version 2.0", f"Symmetry: {symmetry}",
-        "   h    k    l          I    phase   sigma(I)   nmeas",
-    ]  # fmt: skip
-    signs = np.where(merged.is_minus, -1, 1)[:, None]
-    rows = zip((merged.hkl * signs).tolist(), merged.intensity, merged.sigma, merged.n_observations, strict=True)
-    lines += [f"{hkl[0]:4d} {hkl[1]:4d} {hkl[2]:4d} {i:10.2f} {'-':>8} {s:10.2f} {n:7d}" for hkl, i, s, n in rows]
-    return "\n".join([*lines, "End of reflections", history, ""])
-
-
-def shell_table(statistics: MergeStatistics) -> str:
-    """Statistics by shell and overall, as a Markdown table."""
-    names = ("d, Å", "possible", "unique", "completeness", "multiplicity", "I/σ", "CC½", "Rsplit")
-    head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
-    rows = [*(_cells(shell) for shell in statistics.shells), _cells(statistics)]
-    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _cells(shell: ShellStatistics) -> list[str]:
-    def number(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    return [
-        f"{shell.d_max:.2f}–{shell.d_min:.2f}", str(shell.n_possible), str(shell.n_unique),
-        f"{100 * shell.completeness:.1f} %", number(shell.multiplicity, 1), number(shell.i_over_sigma, 1),
-        number(shell.cc_half, 3), number(shell.r_split, 3),
-    ]  # fmt: skip
-
-
-def _draw(path: Path, statistics: MergeStatistics, words: str) -> None:
-    """CC1/2 and Rsplit, completeness, multiplicity and I/σ by shell, as a PNG."""
-    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    shells = statistics.shells
-    middle = [0.5 * (shell.d_max**-3 + shell.d_min**-3) for shell in shells]
-    panels: tuple[tuple[str, dict[str, Callable[[ShellStatistics], Any]]], ...] = (
-        ("", {"CC½": lambda s: s.cc_half, "Rsplit": lambda s: s.r_split}),
-        ("completeness, %", {"": lambda s: 100 * s.completeness}),
-        ("multiplicity", {"": lambda s: s.multiplicity}),
-        ("I/σ(I)", {"": lambda s: s.i_over_sigma}),
-    )
-    for axes, (label, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name, value in curves.items():
-            values = [np.nan if (v := value(shell)) is None else v for shell in shells]
-            axes.plot(middle, values, marker="o", label=name or None)
-        axes.set_ylabel(label)
-        axes.margins(y=0.08)
-        axes.set_ylim(0, None)
-        ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
-        axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])
-        axes.set_xlabel("d, Å")
-        if len(curves) > 1:
-            axes.legend(frameon=False)
-    figure.suptitle(f"{words}; {statistics.space_group}, d_min {statistics.d_min:.2f} Å")
-    figure.savefig(path)

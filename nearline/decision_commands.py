@@ -72,7 +72,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge the reflections of all crystals of some runs, and say shell by shell how good they are."""
-    from flows.merging import MergeRequest, merge_runs, shell_table
+    from flows.merged_files import shell_table
+    from flows.merging import MergeRequest, merge_runs
 
     request = MergeRequest(
         runs=tuple(runs), where=where, processing=processing, cell=cell, space_group=space_group, d_min=d_min,

@@ -1,6 +1,6 @@
 """The files that merged intensities leave in, and their statistics as a table and a picture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tasks.merge_crystals import Merged, MergeStatistics, ShellStatistics
 from tasks.unit_cell import UnitCell
+from tasks.wilson_plot import WilsonPlot
 
 __all__ = ["draw_statistics", "hkl_text", "merged_mtz", "shell_table"]
 
@@ -58,46 +59,80 @@ def hkl_text(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> st
 
 def shell_table(statistics: MergeStatistics) -> str:
     """Statistics by shell and overall, as a Markdown table."""
-    names = ("d, Å", "possible", "unique", "completeness", "multiplicity", "I/σ", "CC½", "Rsplit")
+    is_apart = statistics.friedel_mates == "apart"
+    names: tuple[str, ...] = (
+        "d, Å",
+        "possible",
+        "unique",
+        "completeness",
+        "multiplicity",
+        "I/σ",
+        "CC½",
+        "CC*",
+        "Rsplit",
+    )
+    names += ("CCano",) if is_apart else ()
     head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
-    rows = [*(_cells(shell) for shell in statistics.shells), _cells(statistics)]
+    rows = [_cells(shell, is_apart) for shell in (*statistics.shells, statistics)]
     return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _cells(shell: ShellStatistics) -> list[str]:
+def _cells(shell: ShellStatistics, is_apart: bool) -> list[str]:
     def number(value: float | None, digits: int) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
     return [
         f"{shell.d_max:.2f}–{shell.d_min:.2f}", str(shell.n_possible), str(shell.n_unique),
         f"{100 * shell.completeness:.1f} %", number(shell.multiplicity, 1), number(shell.i_over_sigma, 1),
-        number(shell.cc_half, 3), number(shell.r_split, 3),
+        number(shell.cc_half, 3), number(shell.cc_star, 3), number(shell.r_split, 3),
+        *([number(shell.cc_ano, 3)] if is_apart else []),
     ]  # fmt: skip
 
 
 def draw_statistics(path: Path, statistics: MergeStatistics, words: str) -> None:
-    """CC1/2 and Rsplit, completeness, multiplicity and I/σ by shell, as a PNG."""
-    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+    """CC1/2, CC* and Rsplit, completeness, multiplicity, I/σ, CCano by shell, and the Wilson plot, as a PNG."""
+    figure = Figure(figsize=(14, 7), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    shells = statistics.shells
-    middle = [0.5 * (shell.d_max**-3 + shell.d_min**-3) for shell in shells]
-    panels: tuple[tuple[str, dict[str, Callable[[ShellStatistics], Any]]], ...] = (
-        ("", {"CC½": lambda s: s.cc_half, "Rsplit": lambda s: s.r_split}),
+    panels: list[tuple[str, dict[str, Callable[[ShellStatistics], Any]]]] = [
+        ("", {"CC½": lambda s: s.cc_half, "CC*": lambda s: s.cc_star, "Rsplit": lambda s: s.r_split}),
         ("completeness, %", {"": lambda s: 100 * s.completeness}),
         ("multiplicity", {"": lambda s: s.multiplicity}),
         ("I/σ(I)", {"": lambda s: s.i_over_sigma}),
-    )
-    for axes, (label, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name, value in curves.items():
-            values = [np.nan if (v := value(shell)) is None else v for shell in shells]
-            axes.plot(middle, values, marker="o", label=name or None)
-        axes.set_ylabel(label)
-        axes.margins(y=0.08)
-        axes.set_ylim(0, None)
-        ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
-        axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])
-        axes.set_xlabel("d, Å")
-        if len(curves) > 1:
-            axes.legend(frameon=False)
+    ]
+    if statistics.friedel_mates == "apart":
+        panels.append(("CCano", {"": lambda s: s.cc_ano}))
+    *by_shell, last, rest = figure.subplots(2, 3).flat
+    _draw_wilson(rest, statistics.wilson)
+    for axes, (label, curves) in zip([*by_shell, last], panels, strict=False):
+        _draw_by_shell(axes, statistics.shells, label, curves)
+    last.set_visible(len(panels) > len(by_shell))
     figure.suptitle(f"{words}; {statistics.space_group}, d_min {statistics.d_min:.2f} Å")
     figure.savefig(path)
+
+
+def _draw_by_shell(
+    axes: Any, shells: Sequence[ShellStatistics], label: str, curves: dict[str, Callable[[ShellStatistics], Any]]
+) -> None:
+    middle = [0.5 * (shell.d_max**-3 + shell.d_min**-3) for shell in shells]
+    for name, value in curves.items():
+        values = [np.nan if (v := value(shell)) is None else v for shell in shells]
+        axes.plot(middle, values, marker="o", label=name or None)
+    axes.set_ylabel(label)
+    axes.margins(y=0.08)
+    # A correlation may be negative; all else begins at nothing.
+    axes.set_ylim(None if label == "CCano" else 0, None)
+    ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
+    axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])
+    axes.set_xlabel("d, Å")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+
+
+def _draw_wilson(axes: Any, plot: WilsonPlot) -> None:
+    axes.plot(plot.s_squared, plot.ln_mean_intensity, marker="o", linestyle="")
+    if plot.b_factor is not None and plot.ln_intercept is not None:
+        x = np.array([0.0, max(plot.s_squared)])
+        axes.plot(x, plot.ln_intercept - 2 * plot.b_factor * x, label=f"B = {plot.b_factor:.1f} Å²")
+        axes.legend(frameon=False)
+    axes.set_ylabel("ln ⟨I⟩")
+    axes.set_xlabel("1/(4d²), 1/Å²")

@@ -68,7 +68,7 @@ class Observations:
 
     def per_observation(self, of_crystals: np.ndarray) -> np.ndarray:
         """(n,): a value of each crystal for each of its observations."""
-        return np.repeat(of_crystals, np.diff(self.start))
+        return np.repeat(of_crystals, np.diff(self.start), axis=0)
 
     def median_of(self, values: np.ndarray) -> np.ndarray:
         """(crystal,): the median over each crystal's observations of (n,) values; 1 where it has none."""

@@ -33,17 +33,21 @@ class StillTables:
         )  # fmt: skip
         return StillSimulator((1082, 1034), crystal=self.crystal, seed=self.seed, physics=physics, d_min=self.d_min)
 
+    def log_scale_and_b(self, index: int) -> tuple[float, float]:
+        """ln G and B (Å²) of a crystal."""
+        first, second = np.random.default_rng([self.seed, 5, index]).standard_normal(2)
+        return float(self.scale_spread * first), float(self.b_spread * second)
+
     def table(self) -> dict[str, np.ndarray]:
         """Columns frame_index, crystal, h, k, l, intensity, sigma, x, y, panel."""
         parts, simulator = [], self.simulator
         for index in range(self.n_crystals):
             spots = simulator.truth(index).spots
             rng = np.random.default_rng([self.seed, 7, index])
-            scale = np.exp(self.scale_spread * rng.standard_normal())
-            b = self.b_spread * rng.standard_normal()
+            log_scale, b = self.log_scale_and_b(index)
             hkl = np.stack([spots["h"], spots["k"], spots["l"]], axis=1).astype(np.int64)
             s2 = 0.5 * ((hkl @ self.crystal.reciprocal_basis) ** 2).sum(axis=1)
-            counts = rng.poisson(spots["photons"] * scale * np.exp(-b * s2) + self.background)
+            counts = rng.poisson(spots["photons"] * np.exp(log_scale - b * s2) + self.background)
             intensity = counts - self.background
             # As the integration has it: from the counts.
             sigma = np.sqrt(np.maximum(np.abs(intensity), 1) + 1.2 * self.background)

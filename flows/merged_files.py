@@ -120,7 +120,7 @@ def _draw_by_shell(
     axes.set_ylabel(label)
     axes.margins(y=0.08)
     # A correlation may be negative; all else begins at nothing.
-    axes.set_ylim(None if label == "CCano" else 0, None)
+    axes.set_ylim(None if label == "CCano" else 0, 105 if label.startswith("completeness") else None)
     ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
     axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])
     axes.set_xlabel("d, Å")

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from prefect import flow, runtime
 
 from flows.markdown_page import MarkdownPage
-from flows.merging import MergeRequest, merge_runs, shell_table
+from flows.merged_files import shell_table
+from flows.merging import MergeRequest, lines_about, merge_runs
 from flows.parameters import OptionalProcessing, Root, ServiceAddress, described
 from flows.reprocess_runs import Runs, Where
 
@@ -18,6 +19,16 @@ Output = Annotated[
 Resolution = Annotated[
     float | None,
     described("d_min, Å", "Resolution to merge to; by default where the recipe or the detector ends", gt=0),
+]
+Scale = Annotated[bool, described("Scale", "Scale and B of each crystal; without, a plain mean")]
+Resolve = Annotated[bool, described("Resolve", "Tell indexings apart where the lattice has several")]
+Polarisation = Annotated[
+    float | None,
+    described("Polarisation", "Horizontal fraction of the beam, for the correction; empty for none", ge=0, le=1),
+]
+Split = Annotated[
+    str | None,
+    described("Split by", "A column of the frames, such as laser, or a condition: a set of files for each value"),
 ]
 
 
@@ -33,6 +44,10 @@ def merge_dataset(
     processing: OptionalProcessing = None,
     d_min: Resolution = None,
     friedel_mates: Literal["merged", "apart"] = "merged",
+    scale: Scale = True,
+    resolve: Resolve = True,
+    polarisation: Polarisation = 0.99,
+    split: Split = None,
     output: Output = None,
     name: str = "merged",
     service: ServiceAddress = None,
@@ -40,11 +55,12 @@ def merge_dataset(
 ) -> dict[str, Any]:
     """Merge the reflections of some runs into one set: MTZ, CrystFEL .hkl, statistics by shell and a picture.
 
-    A plain Monte-Carlo mean over all crystals, by asymmetric unit. The summary has the statistics and the files.
+    Crystals are indexed alike where the lattice leaves a choice, scaled together, and merged by asymmetric unit. The
+    summary has the statistics and the files.
     """
     request = MergeRequest(
-        runs=tuple(runs), where=where, processing=processing, d_min=d_min, friedel_mates=friedel_mates, name=name,
-        service=service, root=root,
+        runs=tuple(runs), where=where, processing=processing, d_min=d_min, friedel_mates=friedel_mates, scale=scale,
+        resolve=resolve, polarisation=polarisation, split=split, name=name, service=service, root=root,
     )  # fmt: skip
     folder = Path(output) if output else Path(root or "nearline-data") / "merged"
     result = merge_runs(request, folder)
@@ -53,6 +69,11 @@ def merge_dataset(
         f"# Merged: {statistics.n_crystals} crystals of {len(result.inputs)} runs",
         f"{statistics.space_group}, d_min {statistics.d_min:.2f} Å, Friedel mates {statistics.friedel_mates}",
         shell_table(statistics),
+        *(
+            f"## {split}: {value}, {one.n_crystals} crystals\n\n{shell_table(one)}"
+            for value, one in result.sets.items()
+        ),
+        "\n".join(f"* {line}" for line in lines_about(result)),
         "\n".join(f"* {run}: {name}" for run, name in result.inputs.items()),
         "\n".join(f"* left out {run}: {why}" for run, why in result.left_out.items()),
         "\n".join(f"* {kind}: `{path}`" for kind, path in result.files.items()),

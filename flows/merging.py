@@ -3,30 +3,42 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import gemmi
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pydantic import Field
 
+from flows.merge_splits import Labels, file_endings, labels_of_frames, split_crystals
+from flows.merged_files import draw_statistics, hkl_text, merged_mtz
 from flows.run_choice import choose_runs
-from flows.run_tally import cell_of, chosen_processing, usual_d_min
-from storage.errors import BadRecipe, RunNotFound
+from flows.run_tally import cell_of, chosen_processing, geometry_of, usual_d_min
+from storage.errors import BadFrame, BadQuery, BadRecipe, RunNotFound
 from storage.files import replace
 from storage.models import Model, Record
 from storage.promotion import default_processing
 from storage.step_store import Processing
 from streaming.retrieval import open_run
-from tasks.merge_crystals import Merged, MergeStatistics, MergeSums, ShellStatistics
+from tasks.correct_polarisation import polarisation_of_spots
+from tasks.merge_crystals import (
+    REFLECTION_COLUMNS,
+    Mergeable,
+    MergeStatistics,
+    MergeSums,
+    merge_statistics,
+    unique_reflections,
+)
+from tasks.observations import Observations, gather_observations
+from tasks.resolve_ambiguity import AmbiguityReport, resolve_ambiguity
+from tasks.scale_crystals import CrystalScales, ScalingReport, merge_scaled, scale_crystals
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["MergeRequest", "MergeResult", "merge_runs", "shell_table"]
+__all__ = ["MergeRequest", "MergeResult", "lines_about", "merge_runs"]
 
 # Cells that differ by more do not belong to one merge; relative, and degrees.
 _LENGTH_TOLERANCE, _ANGLE_TOLERANCE = 0.02, 1.5
-_COLUMNS = ("frame_index", "crystal", "h", "k", "l", "intensity", "sigma")
+_POSITIONS = ("x", "y", "panel")
+# With fewer, so many would be left out that a plain mean of all says more.
+_FEWEST_SCALED = 0.5
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +53,12 @@ class MergeRequest(Model):
     space_group: str | None = Field(None, description="with a cell of six numbers")
     d_min: float | None = Field(None, gt=0, description="Å; by default where the recipe, or the detector, ends")
     friedel_mates: Literal["merged", "apart"] = Field("merged", description="apart keeps I(+) and I(-)")
+    scale: bool = Field(True, description="scale and B of each crystal; without, a plain mean")
+    resolve: bool = Field(True, description="resolve the indexing ambiguity, where the lattice has one")
+    polarisation: float | None = Field(
+        0.99, ge=0, le=1, description="horizontal fraction of the beam, for the correction; null for none"
+    )
+    split: str | None = Field(None, description="a column of the frames, or a condition on them; a set for each value")
     n_shells: int = Field(10, ge=1, le=100, description="resolution shells of the statistics")
     name: str = Field("merged", pattern=r"^[\w.@+-]+$", description="of the files, without an ending")
     service: str | None = None
@@ -53,6 +71,10 @@ class MergeResult(Record):
     statistics: MergeStatistics
     inputs: dict[str, str] = Field(description="processing by run")
     left_out: dict[str, str] = Field(description="runs without reflections, with the reason")
+    scaling: ScalingReport | None = Field(None, description="null where crystals were not scaled")
+    ambiguity: AmbiguityReport | None = Field(None, description="null where the lattice has none")
+    sets: dict[str, MergeStatistics] = Field(default_factory=dict, description="of a split, by value")
+    notes: tuple[str, ...] = Field((), description="what was not done, and why")
     files: dict[str, str] = Field(default_factory=dict)
 
 
@@ -61,13 +83,16 @@ def merge_runs(
 ) -> MergeResult:
     """Merge all reflections of some runs, and write MTZ, CrystFEL ``.hkl``, statistics and a picture of them.
 
+    Crystals are indexed alike, scaled together, and then merged: all of them, and set by set if a split is asked for.
+    The same reflections give the same files, in whatever order runs are named.
+
     Parameters
     ----------
     output : folder for the files; None to write none.
 
     Raises
     ------
-    RunNotFound, BadQuery : no runs were chosen, or none has reflections.
+    RunNotFound, BadQuery : no runs were chosen, or none has reflections; or no frame has what to split by.
     BadRecipe, BadMerge : cells differ, or there is none; the message names run and cell.
     """
     chosen = choose_runs(request.runs, request.where, service=request.service, root=request.root)
@@ -76,18 +101,131 @@ def merge_runs(
         why = "; ".join(f"{run}: {reason}" for run, reason in left_out.items())
         raise RunNotFound(f"none of {len(chosen.names)} runs has reflections to merge: {why}")
     cell = _cell_of(found, request)
-    d_min = request.d_min or max(usual_d_min(processing) for processing in found.values())
-    sums = MergeSums(cell, d_min, request.friedel_mates)
-    for n_done, (run, processing) in enumerate(found.items(), 1):
-        table = processing.table("reflections")
-        sums.add(run, {name: table[name].to_numpy() for name in _COLUMNS})
-        progress(n_done, len(found))
-    statistics = sums.statistics(request.n_shells)
-    inputs = {run: processing.name for run, processing in found.items()}
-    result = MergeResult(statistics=statistics, inputs=inputs, left_out=chosen.left_out | left_out)
+    labels = _labels(chosen.names, found, request) if request.split else {}
+    observations, notes = _gather(found, cell, request, progress)
+    indexings = resolve_ambiguity(observations) if request.resolve else None
+    if indexings is not None:
+        observations = indexings.applied(observations)
+        notes += _about_indexing(indexings.report)
+    scales = scale_crystals(observations) if request.scale else None
+    scaling = scales.report() if scales else None
+    if scales is not None and scales.is_scaled.mean() < _FEWEST_SCALED:
+        notes.append(
+            f"not scaled, but a plain mean: only {scales.is_scaled.sum()} of {len(observations)} crystals can be"
+        )
+        scales = None
+    merge = _Merge(observations, scales, request)
+    every = np.ones(len(observations), bool)
+    sets = split_crystals(observations, labels, request.split) if request.split else {}
+    all_of_them, by_value = merge.of(every), {name: merge.of(which) for name, which in sets.items()}
+    result = MergeResult(
+        statistics=merge_statistics(all_of_them, request.n_shells),
+        inputs={run: processing.name for run, processing in found.items()},
+        left_out=chosen.left_out | left_out,
+        scaling=scaling if scales is not None else None,
+        ambiguity=indexings.report if indexings else None,
+        sets={name: merge_statistics(one, request.n_shells) for name, one in by_value.items()},
+        notes=tuple(notes),
+    )
     if output is None:
         return result
-    return result.model_copy(update={"files": _write(output, request, sums.merged(), result, cell)})
+    files = _write(output, request.name, request, all_of_them, result)
+    for name, ending in file_endings(request.split or "", by_value).items():
+        one = result.model_copy(update={"statistics": result.sets[name], "sets": {}})
+        written = _write(output, f"{request.name}-{ending}", request, by_value[name], one)
+        files |= {f"{ending}.{kind}": path for kind, path in written.items()}
+    return result.model_copy(update={"files": files})
+
+
+def lines_about(result: MergeResult) -> list[str]:
+    """How crystals were brought together, and what was not done, in sentences."""
+    lines = []
+    if (scaling := result.scaling) is not None:
+        line = f"{scaling.n_scaled} crystals scaled"
+        if scaling.scale_spread is not None and scaling.b_spread is not None:
+            line += f", ln G within ±{scaling.scale_spread:.2f}, B within ±{scaling.b_spread:.1f} Å² of the median"
+        lines += [line, *(f"{n} crystals left out: {why}" for why, n in scaling.left_out.items())]
+    if (found := result.ambiguity) is not None and found.is_resolved:
+        lines.append(
+            f"{found.n_reindexed} crystals reindexed: correlation with the others {found.cc_chosen:.2f} as chosen, "
+            f"{found.cc_other:.2f} otherwise"
+        )
+    if result.statistics.n_outliers:
+        lines.append(f"{result.statistics.n_outliers} observations left out as outliers")
+    return [*lines, *result.notes]
+
+
+class _Merge:
+    """Merges of some crystals of all, which were scaled together."""
+
+    def __init__(self, observations: Observations, scales: CrystalScales | None, request: MergeRequest) -> None:
+        self._observations, self._scales, self._request = observations, scales, request
+
+    def of(self, which: np.ndarray) -> Mergeable:
+        if self._scales is not None:
+            return merge_scaled(self._observations, self._scales, which)
+        unique = self._observations.unique
+        sums = MergeSums(unique.cell, unique.d_min, unique.friedel_mates)
+        for run, table in self._observations.by_run(which):
+            sums.add(run, table)
+        sums.n_refused += int(self._observations.n_refused[which].sum())
+        return sums
+
+
+def _gather(
+    found: dict[str, Processing], cell: UnitCell, request: MergeRequest, progress: Progress
+) -> tuple[Observations, list[str]]:
+    d_min = request.d_min or max(usual_d_min(processing) for processing in found.values())
+    tables, notes = [], []
+    for n_done, (run, processing) in enumerate(found.items(), 1):
+        columns, why = _observed(processing, request.polarisation)
+        tables.append((run, columns))
+        notes += [f"{run} is not corrected for polarisation: {why}"] if why else []
+        progress(n_done, len(found))
+    return gather_observations(unique_reflections(cell, d_min, request.friedel_mates), tables), notes
+
+
+def _observed(processing: Processing, polarisation: float | None) -> tuple[dict[str, np.ndarray], str | None]:
+    """Reflections of a processing, corrected for polarisation; or why not."""
+    table = processing.table("reflections")
+    columns = {name: table[name].to_numpy() for name in REFLECTION_COLUMNS}
+    if polarisation is None:
+        return columns, None
+    if missing := [name for name in _POSITIONS if name not in table.column_names]:
+        return columns, f"its reflections have no {', '.join(missing)}"
+    try:
+        geometry = geometry_of(processing)
+    except BadFrame as error:
+        return columns, str(error)
+    x, y, panel = (table[name].to_numpy() for name in _POSITIONS)
+    left = polarisation_of_spots(geometry, x, y, panel, polarisation)
+    return columns | {name: columns[name] / left for name in ("intensity", "sigma")}, None
+
+
+def _about_indexing(report: AmbiguityReport) -> list[str]:
+    if report.is_resolved:
+        return []
+    return [
+        f"the indexing ambiguity ({'; '.join(report.operations)}) could not be resolved: indexings are mixed as in a "
+        "twin; merge more crystals, or to where they still correlate"
+    ]
+
+
+def _labels(names: Sequence[str], found: dict[str, Processing], request: MergeRequest) -> dict[str, Labels]:
+    """By run; runs in which nobody has the column are left to `UNSET`, but one must have it."""
+    labels, refused = {}, None
+    assert request.split is not None
+    for name in names:
+        run = open_run(name, service=request.service, root=request.root)
+        if run.name not in found:
+            continue
+        try:
+            labels[run.name] = labels_of_frames(run, found[run.name], request.split)
+        except BadQuery as error:
+            refused = refused or error
+    if refused is not None and not labels:
+        raise refused
+    return labels
 
 
 def _with_reflections(names: Sequence[str], request: MergeRequest) -> tuple[dict[str, Processing], dict[str, str]]:
@@ -139,106 +277,15 @@ def _are_alike(one: UnitCell, other: UnitCell) -> bool:
     return bool(lengths and angles and one.space_group == other.space_group)
 
 
-# ---- files ----------------------------------------------------------------------------------------
-
-
-def _write(output: Path, request: MergeRequest, merged: Merged, result: MergeResult, cell: UnitCell) -> dict[str, str]:
+def _write(output: Path, name: str, request: MergeRequest, merge: Mergeable, result: MergeResult) -> dict[str, str]:
     output.mkdir(parents=True, exist_ok=True)
-    base = output / request.name
-    is_apart = request.friedel_mates == "apart"
-    files = {kind: base.with_name(f"{base.name}.{kind}") for kind in ("mtz", "hkl", "png", "json")}
-    history = f"nearline merge: {len(result.inputs)} runs, {result.statistics.n_crystals} crystals"
-    _mtz(merged, cell, is_apart, history).write_to_file(str(files["mtz"]))
-    replace(files["hkl"], _hkl(merged, cell, is_apart, history).encode())
-    _draw(files["png"], result.statistics, history)
+    files = {kind: output / f"{name}.{kind}" for kind in ("mtz", "hkl", "png", "json")}
+    how = "scaled" if result.scaling else "plain mean"
+    history = f"nearline merge: {len(result.inputs)} runs, {result.statistics.n_crystals} crystals, {how}"
+    merged, unique = merge.merged(), merge.unique
+    merged_mtz(merged, unique.cell, unique.is_apart, history).write_to_file(str(files["mtz"]))
+    replace(files["hkl"], hkl_text(merged, unique.cell, unique.is_apart, history).encode())
+    draw_statistics(files["png"], result.statistics, history)
     content = result.model_dump(mode="json") | {"request": request.model_dump(mode="json")}
     replace(files["json"], json.dumps(content, indent=1).encode())
     return {kind: str(path) for kind, path in files.items()}
-
-
-def _mtz(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> gemmi.Mtz:
-    """IMEAN, SIGIMEAN and N_OBS; or I(+), SIGI(+), I(-), SIGI(-), with one row for both mates."""
-    mtz = gemmi.Mtz(with_base=True)
-    mtz.spacegroup, mtz.title, mtz.history = cell.group, "merged by Nearline", [history[:80]]
-    mtz.add_dataset("nearline")
-    mtz.set_cell_for_all(gemmi.UnitCell(*cell.parameters))
-    if is_apart:
-        columns, data = _mates_side_by_side(merged)
-    else:
-        columns = [("IMEAN", "J"), ("SIGIMEAN", "Q"), ("N_OBS", "I")]
-        data = np.column_stack([merged.hkl, merged.intensity, merged.sigma, merged.n_observations])
-    for label, kind in columns:
-        mtz.add_column(label, kind)
-    mtz.set_data(np.ascontiguousarray(data, np.float32))
-    return mtz
-
-
-def _mates_side_by_side(merged: Merged) -> tuple[list[tuple[str, str]], np.ndarray]:
-    hkl, row = np.unique(merged.hkl, axis=0, return_inverse=True)
-    values = np.full((len(hkl), 4), np.nan)
-    for is_minus, at in ((False, 0), (True, 2)):
-        mine = merged.is_minus == is_minus
-        values[row.reshape(-1)[mine], at] = merged.intensity[mine]
-        values[row.reshape(-1)[mine], at + 1] = merged.sigma[mine]
-    columns = [("I(+)", "K"), ("SIGI(+)", "M"), ("I(-)", "K"), ("SIGI(-)", "M")]
-    return columns, np.column_stack([hkl, values])
-
-
-def _hkl(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> str:
-    """CrystFEL's reflection list 2.0; a minus mate under its own indices."""
-    symmetry = cell.point_group if is_apart else cell.group.laue_str()
-    lines = [
-        "CrystFEL reflection list version 2.0", f"Symmetry: {symmetry}",
-        "   h    k    l          I    phase   sigma(I)   nmeas",
-    ]  # fmt: skip
-    signs = np.where(merged.is_minus, -1, 1)[:, None]
-    rows = zip((merged.hkl * signs).tolist(), merged.intensity, merged.sigma, merged.n_observations, strict=True)
-    lines += [f"{hkl[0]:4d} {hkl[1]:4d} {hkl[2]:4d} {i:10.2f} {'-':>8} {s:10.2f} {n:7d}" for hkl, i, s, n in rows]
-    return "\n".join([*lines, "End of reflections", history, ""])
-
-
-def shell_table(statistics: MergeStatistics) -> str:
-    """Statistics by shell and overall, as a Markdown table."""
-    names = ("d, Å", "possible", "unique", "completeness", "multiplicity", "I/σ", "CC½", "Rsplit")
-    head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
-    rows = [*(_cells(shell) for shell in statistics.shells), _cells(statistics)]
-    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _cells(shell: ShellStatistics) -> list[str]:
-    def number(value: float | None, digits: int) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
-
-    return [
-        f"{shell.d_max:.2f}–{shell.d_min:.2f}", str(shell.n_possible), str(shell.n_unique),
-        f"{100 * shell.completeness:.1f} %", number(shell.multiplicity, 1), number(shell.i_over_sigma, 1),
-        number(shell.cc_half, 3), number(shell.r_split, 3),
-    ]  # fmt: skip
-
-
-def _draw(path: Path, statistics: MergeStatistics, words: str) -> None:
-    """CC1/2 and Rsplit, completeness, multiplicity and I/σ by shell, as a PNG."""
-    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    shells = statistics.shells
-    middle = [0.5 * (shell.d_max**-3 + shell.d_min**-3) for shell in shells]
-    panels: tuple[tuple[str, dict[str, Callable[[ShellStatistics], Any]]], ...] = (
-        ("", {"CC½": lambda s: s.cc_half, "Rsplit": lambda s: s.r_split}),
-        ("completeness, %", {"": lambda s: 100 * s.completeness}),
-        ("multiplicity", {"": lambda s: s.multiplicity}),
-        ("I/σ(I)", {"": lambda s: s.i_over_sigma}),
-    )
-    for axes, (label, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for name, value in curves.items():
-            values = [np.nan if (v := value(shell)) is None else v for shell in shells]
-            axes.plot(middle, values, marker="o", label=name or None)
-        axes.set_ylabel(label)
-        axes.margins(y=0.08)
-        axes.set_ylim(0, None)
-        ticks = [middle[0], middle[len(middle) // 2], middle[-1]] if len(middle) > 2 else middle
-        axes.set_xticks(ticks, [f"{tick ** (-1 / 3):.2f}" for tick in ticks])
-        axes.set_xlabel("d, Å")
-        if len(curves) > 1:
-            axes.legend(frameon=False)
-    figure.suptitle(f"{words}; {statistics.space_group}, d_min {statistics.d_min:.2f} Å")
-    figure.savefig(path)

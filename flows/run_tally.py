@@ -22,7 +22,7 @@ from tasks.merge_crystals import MergeStatistics, MergeSums, merge_statistics
 from tasks.recipe import load_recipe
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["RunTally", "cell_of", "chosen_processing", "runs_of_sample", "usual_d_min", "values_of"]
+__all__ = ["RunTally", "cell_of", "chosen_processing", "geometry_of", "runs_of_sample", "usual_d_min", "values_of"]
 
 log = logging.getLogger("nearline.decisions")
 
@@ -216,14 +216,25 @@ def usual_d_min(processing: Processing) -> float:
     limits = [step.get("params", {}).get("d_min", 0.0) for step in steps if step.get("use") == "integrate"]
     if any(limits):
         return float(max(limits))
-    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
-    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
-    detector, (slow, fast) = recipe.detector_header(header.detector), header.shape
-    geometry = Geometry.from_header(detector, (slow, fast))
-    x, y = detector.beam_center_x, detector.beam_center_y
+    geometry = geometry_of(processing)
+    (panel,) = geometry.panels
+    (slow, fast), (x, y) = panel.shape, geometry.project(np.zeros(3))
     edges = np.array([[0, y], [fast, y], [x, 0], [x, slow]], float)
     q = np.linalg.norm(geometry.scattering_vector(edges[:, 0], edges[:, 1]), axis=1)
     return math.ceil(100 / float(q.min())) / 100
+
+
+def geometry_of(processing: Processing) -> Geometry:
+    """The detector in the beam as a processing took it: the stream's header, with what the recipe corrects.
+
+    Raises
+    ------
+    BadFrame : distance or wavelength is unknown.
+    """
+    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
+    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
+    slow, fast = header.shape
+    return Geometry.from_header(recipe.detector_header(header.detector), (slow, fast))
 
 
 def chosen_processing(run: Path, name: str | None = None) -> Processing | None:

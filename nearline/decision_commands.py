@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.table import Table
 
 from nearline.options import AsJson, Service
 from nearline.show import StageBars
+
+if TYPE_CHECKING:
+    from tasks.merge_crystals import MergeStatistics
 
 __all__ = ["register"]
 
@@ -66,29 +69,54 @@ def merge(
         float | None, typer.Option(min=0.1, help="Resolution, Å; default where the detector ends.")
     ] = None,
     friedel_mates: Annotated[Literal["merged", "apart"], typer.Option(help="apart keeps I(+) and I(-).")] = "merged",
+    scale: Annotated[
+        bool, typer.Option("--scale/--no-scale", help="Scale and B of each crystal, or a plain mean.")
+    ] = True,
+    resolve: Annotated[
+        bool, typer.Option("--resolve/--no-resolve", help="Tell indexings apart where the lattice has several.")
+    ] = True,
+    polarisation: Annotated[
+        float, typer.Option(min=0, max=1, help="Horizontal fraction of the beam's polarisation.")
+    ] = 0.99,
+    no_polarisation: Annotated[bool, typer.Option("--no-polarisation", help="Correct for none.")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="Also merge by a column of the frames, such as laser, or by a condition.")
+    ] = None,
     shells: Annotated[int, typer.Option(min=1, max=100, help="Resolution shells.")] = 10,
     service: Service = None,
     root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge the reflections of all crystals of some runs, and say shell by shell how good they are."""
-    from flows.merging import MergeRequest, merge_runs, shell_table
+    from flows.merging import MergeRequest, lines_about, merge_runs
 
     request = MergeRequest(
         runs=tuple(runs), where=where, processing=processing, cell=cell, space_group=space_group, d_min=d_min,
-        friedel_mates=friedel_mates, n_shells=shells, name=name, service=service, root=str(root) if root else None,
+        friedel_mates=friedel_mates, scale=scale, resolve=resolve, split=split,
+        polarisation=None if no_polarisation else polarisation,
+        n_shells=shells, name=name, service=service, root=str(root) if root else None,
     )  # fmt: skip
     with StageBars(errors) as bars:
         result = merge_runs(request, output, lambda done, total: bars.update("runs merged", done, total))
     if as_json:
         print(json.dumps(result.model_dump(mode="json")))
         return
-    head, _, *rows = (line.strip("| ").split(" | ") for line in shell_table(result.statistics).splitlines())
-    table = Table(*head, caption=f"{result.statistics.n_crystals} crystals of {len(result.inputs)} runs")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _show_table(result.statistics, f"{result.statistics.n_crystals} crystals of {len(result.inputs)} runs")
+    for name, statistics in result.sets.items():
+        _show_table(statistics, f"{split}: {name}, {statistics.n_crystals} crystals")
+    for line in lines_about(result):
+        errors.print(line, highlight=False, soft_wrap=True)
     for run, why in result.left_out.items():
         errors.print(f"left out {run}: {why}", highlight=False, soft_wrap=True)
     for path in result.files.values():
         console.print(path, highlight=False, soft_wrap=True)
+
+
+def _show_table(statistics: "MergeStatistics", caption: str) -> None:
+    from flows.merged_files import shell_table
+
+    head, _, *rows = (line.strip("| ").split(" | ") for line in shell_table(statistics).splitlines())
+    table = Table(*head, caption=caption)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -2,7 +2,7 @@
 
 A plain Monte-Carlo mean (Kirian et al. 2010): partiality, orientation and scale of single stills are
 left to averaging. `MergeSums` takes observations as they come, a chunk at a time, and `statistics` can be
-asked at any moment.
+asked at any moment. With all observations at hand, `tasks.scale_crystals` does better; `merge_statistics` judges both.
 
 The same observations give the same numbers, bit for bit, in any order: intensities are counted in
 whole quanta of 2⁻¹⁶ count, so all sums are sums of integers, and those do not depend on the order.
@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import blake3
 import gemmi
@@ -22,26 +22,34 @@ from pydantic import Field
 from storage.errors import BadRecipe
 from storage.models import Record
 from tasks.unit_cell import UnitCell, hkl_symmetry_ops, lattice_rotations
+from tasks.wilson_plot import WilsonPlot, wilson_plot
 
 __all__ = [
+    "REFLECTION_COLUMNS",
     "BadMerge",
     "FriedelMates",
     "MergeStatistics",
     "MergeSums",
+    "Mergeable",
     "Merged",
     "ShellStatistics",
     "UniqueReflections",
     "half_of_frames",
     "merge_statistics",
+    "reflection_columns",
+    "unique_reflections",
 ]
 
 FriedelMates = Literal["merged", "apart"]
+# What merging needs of a table of reflections.
+REFLECTION_COLUMNS = ("frame_index", "crystal", "h", "k", "l", "intensity", "sigma")
 
 # 1.5e-5 count: finer than float32 itself above 256 counts, and far below any sigma.
 _QUANTA = 1 << 16
 _VARIANCE_QUANTA = 1 << 12
 # Below these, sums of a million observations of one reflection fit 64 bits.
 _LARGEST = 1 << 42
+LARGEST_INTENSITY, LARGEST_SIGMA = float(_LARGEST // _QUANTA), math.sqrt(_LARGEST // _VARIANCE_QUANTA)
 _MOST_OBSERVATIONS = 1 << 20
 _SPLIT = 21
 # Cells of the look-up table, 4 bytes each.
@@ -73,6 +81,8 @@ class ShellStatistics(Record):
     cc_star: float | None = Field(description="√(2 CC½ / (1 + CC½)), estimated correlation with the true intensities")
     r_split: float | None = Field(description="difference of the half sets, relative to their mean")
     n_pairs: int = Field(description="reflections that both half sets have, on which CC1/2 and Rsplit rest")
+    cc_ano: float | None = Field(None, description="correlation of I(+) − I(−) between the half sets; of mates apart")
+    n_anomalous: int = Field(0, description="acentric reflections of which both half sets have both mates")
 
 
 class MergeStatistics(ShellStatistics):
@@ -86,9 +96,11 @@ class MergeStatistics(ShellStatistics):
     n_absent: int = Field(description="observations of reflections that the space group extinguishes; left out")
     n_beyond: int = Field(description="observations beyond d_min; left out")
     n_refused: int = Field(description="observations that are no usable number; left out")
+    n_outliers: int = Field(0, description="observations far from all others of their reflection; left out")
     resolution: float | None = Field(description="Å, up to which CC1/2 stays above 0.3, shell by shell from the beam")
     is_ambiguous: bool = Field(description="the lattice has more symmetry than the crystal: two indexings are mixed")
     shells: tuple[ShellStatistics, ...] = Field(description="of equal volume in reciprocal space, low resolution first")
+    wilson: WilsonPlot
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,8 @@ class MergeSums:
         self._squares = np.zeros((3, n), np.int64)
         self._variances = np.zeros(n, np.int64)
         self.n_frames = self.n_crystals = self.n_absent = self.n_beyond = self.n_refused = 0
+        # The plain mean has none: what an outlier is, only all observations can say.
+        self.n_outliers = 0
 
     def add(self, run: str, reflections: Mapping[str, np.ndarray]) -> None:
         """Take in the observations of some frames; no frame may be given in two calls.
@@ -237,7 +251,7 @@ class MergeSums:
         ------
         BadMerge : columns are missing; or a million observations of one reflection.
         """
-        frame_index, crystal, h, k, l, intensity, sigma = _columns(reflections)  # noqa: E741
+        frame_index, crystal, h, k, l, intensity, sigma = reflection_columns(reflections)  # noqa: E741
         if not len(frame_index):
             return
         self._count_crystals(frame_index, crystal)
@@ -322,7 +336,28 @@ class MergeSums:
         return merge_statistics(self, n_shells)
 
 
-def merge_statistics(sums: MergeSums, n_shells: int = 10) -> MergeStatistics:
+class Mergeable(Protocol):
+    """Merged data of which statistics can be made, and what was left out of them."""
+
+    @property
+    def unique(self) -> UniqueReflections: ...
+    @property
+    def n_frames(self) -> int: ...
+    @property
+    def n_crystals(self) -> int: ...
+    @property
+    def n_absent(self) -> int: ...
+    @property
+    def n_beyond(self) -> int: ...
+    @property
+    def n_refused(self) -> int: ...
+    @property
+    def n_outliers(self) -> int: ...
+    def merged(self) -> Merged:
+        """The mean of each unique reflection, with sigma."""
+
+
+def merge_statistics(sums: Mergeable, n_shells: int = 10) -> MergeStatistics:
     """Completeness, multiplicity, I/σ, CC1/2 and Rsplit, overall and by shell.
 
     Completeness is against all reflections of the cell to d_min. With the means I₁, I₂ of the half sets, over
@@ -330,6 +365,7 @@ def merge_statistics(sums: MergeSums, n_shells: int = 10) -> MergeStatistics:
 
         CC½ = correlation(I₁, I₂)            CC* = √(2 CC½ / (1 + CC½))
         Rsplit = Σ|I₁ − I₂| / √2 / (½ Σ(I₁ + I₂))
+        CCano = correlation(I₁(+) − I₁(−), I₂(+) − I₂(−)), where Friedel mates are kept apart
 
     Source: Karplus & Diederichs 2012, Science 336, 1030 (CC½, CC*);
     White et al. 2012, J. Appl. Cryst. 45, 335 (Rsplit).
@@ -342,12 +378,13 @@ def merge_statistics(sums: MergeSums, n_shells: int = 10) -> MergeStatistics:
     mates = 1 + (~unique.is_centric if unique.is_apart else np.zeros(len(unique.hkl), int))
     edges = _shell_edges(float(unique.d.max()), unique.d_min, n_shells)
     shell_of_unique, shell_of_merged = (_shell(d, edges) for d in (unique.d, merged.d))
+    anomalous = _anomalous_differences(merged, unique)
     shells = []
     for number in range(n_shells):
         n_possible = int(mates[shell_of_unique == number].sum())
         is_mine = shell_of_merged == number
-        shells.append(_statistics(merged, is_mine, n_possible, edges[number], edges[number + 1]))
-    everything = _statistics(merged, np.ones(len(merged), bool), int(mates.sum()), edges[0], edges[-1])
+        shells.append(_statistics(merged, is_mine, n_possible, edges[number], edges[number + 1], anomalous))
+    everything = _statistics(merged, np.ones(len(merged), bool), int(mates.sum()), edges[0], edges[-1], anomalous)
     return MergeStatistics(
         **dict(everything),
         cell=unique.cell.parameters,
@@ -358,17 +395,26 @@ def merge_statistics(sums: MergeSums, n_shells: int = 10) -> MergeStatistics:
         n_absent=sums.n_absent,
         n_beyond=sums.n_beyond,
         n_refused=sums.n_refused,
+        n_outliers=sums.n_outliers,
         resolution=_resolution(shells),
         is_ambiguous=_is_ambiguous(unique.cell),
         shells=tuple(shells),
+        wilson=wilson_plot(merged.d, merged.intensity),
     )
 
 
-def _columns(reflections: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    kinds: dict[str, type] = {"frame_index": np.int64, "crystal": np.int64, "h": np.int64, "k": np.int64, "l": np.int64}
-    kinds |= {"intensity": np.float64, "sigma": np.float64}
+def reflection_columns(reflections: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The `REFLECTION_COLUMNS` of a table: names and indices as int64, intensity and sigma as float64.
+
+    Raises
+    ------
+    BadMerge : a column is missing.
+    """
+    kinds = [np.int64] * 5 + [np.float64] * 2
     try:
-        return [np.asarray(reflections[name]).astype(kind) for name, kind in kinds.items()]
+        return [
+            np.asarray(reflections[name]).astype(kind) for name, kind in zip(REFLECTION_COLUMNS, kinds, strict=True)
+        ]
     except KeyError as error:
         raise BadMerge(f"a table without the column {error} has no reflections; put integrate in the recipe") from None
 
@@ -384,11 +430,24 @@ def _shell(d: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.searchsorted(-np.array(edges[1:-1]), -d, side="left")
 
 
-def _statistics(merged: Merged, which: np.ndarray, n_possible: int, d_max: float, d_min: float) -> ShellStatistics:
+def _anomalous_differences(merged: Merged, unique: UniqueReflections) -> np.ndarray:
+    """(2, n), one for each row: I(+) − I(−) in either half set; NaN on minus mates, and where one is missing."""
+    differences = np.full((2, len(merged)), np.nan)
+    if unique.is_apart:
+        # A minus mate comes right after its plus mate.
+        pairs = np.flatnonzero(merged.is_minus[1:] & (merged.hkl[1:] == merged.hkl[:-1]).all(axis=1))
+        differences[:, pairs] = merged.halves[:, pairs] - merged.halves[:, pairs + 1]
+    return differences
+
+
+def _statistics(
+    merged: Merged, which: np.ndarray, n_possible: int, d_max: float, d_min: float, anomalous: np.ndarray
+) -> ShellStatistics:
     n_unique, n_observations = int(np.count_nonzero(which)), int(merged.n_observations[which].sum())
     first, second = merged.halves[:, which & np.isfinite(merged.halves).all(axis=0)]
     cc_half = _correlation(first, second)
     both = float((first + second).sum())
+    one, other = anomalous[:, which & np.isfinite(anomalous).all(axis=0)]
     return ShellStatistics(
         d_max=d_max,
         d_min=d_min,
@@ -402,6 +461,8 @@ def _statistics(merged: Merged, which: np.ndarray, n_possible: int, d_max: float
         cc_star=math.sqrt(2 * cc_half / (1 + cc_half)) if cc_half is not None and cc_half >= 0 else None,
         r_split=float(np.abs(first - second).sum()) * math.sqrt(2) / both if both > 0 else None,
         n_pairs=len(first),
+        cc_ano=_correlation(one, other),
+        n_anomalous=len(one),
     )
 
 

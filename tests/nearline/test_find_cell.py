@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import fabio
@@ -37,6 +38,9 @@ def take_run(folder, **options):
             SimulatorSettings(size="1M", n_frames=N_FRAMES, bind=detector, experiment="lyso", frame_time=0.2, **options)
         )
         run = nearline.open(f"{service.address}/lyso/1", wait=20)
+        deadline = time.monotonic() + 20
+        while "eiger" not in run.data_sources and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert sum(1 for _ in run["eiger"].follow(timeout=30)) == N_FRAMES
     return folder / "lyso" / "1"
 

@@ -287,8 +287,8 @@ def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, scale: float, kn
     if abs(scale - 1) > _MOST_DISTANCE_ERROR:
         return CellReport(
             **facts,
-            why=f"{n_agreeing} hits agree on {cell.describe()}, but want the detector "
-            f"{100 * (scale - 1):+.0f} % farther away, so it is not proposed; correct detector_distance (or the wavelength) and try again",
+            why=f"{n_agreeing} hits agree on {cell.describe()}, but want the detector {100 * (scale - 1):+.0f} % "
+            "farther away, so it is not proposed; correct detector_distance (or the wavelength) and try again",
         )
     return CellReport(
         **facts,

@@ -16,6 +16,7 @@ from benchmarks import (
     crystallography,
     flow,
     live,
+    merging,
     read,
     report,
     small,
@@ -46,6 +47,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "stall-10GB": stall.measure_long,
     "analysis-sizes": analysis.measure_sizes,
     "crystallography": crystallography.measure,
+    "merging": merging.measure,
     "flow-30min": flow.measure_long,
     "flow-beside": flow.measure_beside,
 }

@@ -53,7 +53,7 @@ def measure(options: Options) -> list[Figure]:
     figures += _of_lattices("1M", FrameSet.make("1M", n), (0.0, 0.0))
     figures += _of_lattices("1M hard", FrameSet.make("1M", n, weaker=5.0), _BEAM_OFF)
     figures += _of_two_lattices("1M two", FrameSet.make("1M", n))
-    return figures
+    return figures + _of_tolerances(FrameSet.make("1M", n))
 
 
 # ---- speed, and the same peaks as the peer ------------------------------------------------------------
@@ -228,6 +228,73 @@ def _of_lattices(name: str, frames: FrameSet, beam_off: tuple[float, float]) -> 
         crystals = _crystals(decode(blob, frames.shape, frames.dtype), find, index, geometry)
         _judge(score, crystals, [truth.A.T] if truth.is_hit else [], cell)
     return score.figures(name, 99.0 if beam_off == (0.0, 0.0) else 95.0)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What is wrong with cell, geometry or spots, each alone: factors, px, shares."""
+
+    cell: float = 1.0
+    beam_off: tuple[float, float] = (0.0, 0.0)
+    wavelength: float = 1.0
+    spurious: float = 0.0
+    n_spots: int | None = None
+
+
+_FAULTS = {
+    "cell 2 % too large": _Fault(cell=1.02),
+    "cell 2 % too small": _Fault(cell=0.98),
+    "beam centre off by 1 px": _Fault(beam_off=(-0.7, 0.7)),
+    "wavelength off by 0.1 %": _Fault(wavelength=1.001),
+    "30 % of the peaks spurious": _Fault(spurious=0.3),
+    "8 peaks": _Fault(n_spots=8),
+    "all but the last at once, cell 1 %": _Fault(1.01, (0.5, 0.5), 1.001, 0.3),
+}
+
+
+def _of_tolerances(frames: FrameSet) -> list[Figure]:
+    """Each fault on the peaks of the clean set: right lattices as a share of the clean set's hits."""
+    find, _, _, cell = _tools(frames, (0.0, 0.0))
+    hits = [(find(frames.pixels(i)), truth.A.T) for i, truth in enumerate(frames.truths) if truth.is_hit]
+    figures = []
+    for name, fault in _FAULTS.items():
+        score = _Score(n_wanted=len(hits), angles=[])
+        geometry = _faulty_geometry(frames, fault)
+        edges = [fault.cell * edge for edge in cell.parameters[:3]]
+        index = Indexer(cell.with_parameters([*edges, *cell.parameters[3:]]), geometry.wavelength)
+        rng = np.random.default_rng(0)
+        for peaks, A in hits:
+            x, y, intensity = _faulty_spots(peaks, fault, frames.shape, rng)
+            _judge(score, index(geometry.scattering_vector(x, y), intensity), [A], cell)
+        share = 100 * score.n_right / max(score.n_wanted, 1)
+        figures.append(
+            figure(f"1M, {name}: lattices found", "%", [share], higher_is_better=True, target=Target("at least", 95.0))
+        )
+        figures.append(figure(f"1M, {name}: wrong", "", [float(score.n_wrong)], higher_is_better=False))
+    return figures
+
+
+def _faulty_geometry(frames: FrameSet, fault: _Fault) -> Geometry:
+    header = frames.simulator.header
+    energy = header.incident_energy / fault.wavelength
+    wrong = {
+        "beam_center_x": header.beam_center_x + fault.beam_off[0],
+        "beam_center_y": header.beam_center_y + fault.beam_off[1],
+        "incident_energy": energy,
+        "incident_wavelength": header.incident_wavelength * fault.wavelength,
+    }
+    return Geometry.from_header(header.model_copy(update=wrong), frames.shape)
+
+
+def _faulty_spots(
+    peaks: np.ndarray, fault: _Fault, shape: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, y px and intensity: some of the peaks, and others that belong to no lattice."""
+    kept = peaks if fault.n_spots is None else peaks[rng.permutation(len(peaks))[: fault.n_spots]]
+    n_more = round(len(kept) * fault.spurious / (1 - fault.spurious))
+    x = np.concatenate([kept["x"], rng.uniform(0, shape[1], n_more)])
+    y = np.concatenate([kept["y"], rng.uniform(0, shape[0], n_more)])
+    return x, y, np.concatenate([kept["intensity"], rng.choice(kept["intensity"], n_more)])
 
 
 def _of_two_lattices(name: str, frames: FrameSet) -> list[Figure]:

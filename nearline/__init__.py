@@ -41,9 +41,11 @@ __all__ = [
     "process_live",
     "producer",
     "provenance",
+    "refine_detector",
     "reprocess",
     "start_run",
     "stop_run",
+    "tune",
     "use_compiled_kernels",
     "wait_until",
 ]  # fmt: skip
@@ -373,6 +375,63 @@ def find_cell(
         opened, n_hits=n_hits, processing=processing, data_source=data_source, timeout=timeout
     )
     return found.model_dump(mode="json")
+
+
+def tune(
+    run: str | Path,
+    *,
+    n_frames: int = 300,
+    recipe: str | Path | None = None,
+    data_source: str | None = None,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Propose threshold, mask and hit cut of the peak search from frames of a run, live or finished.
+
+    Parameters
+    ----------
+    n_frames : looked at, at most, spread over the run.
+    recipe : file of what is in use now.
+
+    Returns
+    -------
+    The fields of `flows.tuning.TuneReport`.
+
+    Raises
+    ------
+    BadRecipe : fewer than twenty frames.
+    """
+    from flows import tuning
+    from tasks.recipe import load_recipe
+
+    loaded = load_recipe(recipe) if recipe is not None else None
+    opened = open(run, service=service, root=root)
+    report, _ = tuning.tune(opened, data_source=data_source, n_frames=n_frames, recipe=loaded)
+    return report.model_dump(mode="json")
+
+
+def refine_detector(run: str, *, service: str | None = None, root: str | Path | None = None) -> dict[str, Any]:
+    """Say where the detector stands, from the crystals of a processing.
+
+    Parameters
+    ----------
+    run : ``lyso-2026/17``, or with a processing ``lyso-2026/17:p2``; it must have indexed.
+
+    Returns
+    -------
+    The fields of `flows.detector_refinement.DetectorFindings`.
+
+    Raises
+    ------
+    BadRecipe : it has fewer than ten crystals.
+    """
+    from flows.comparison import open_processing
+    from flows.detector_refinement import detector_of
+
+    root = root or _root_from_environment()
+    service = service or os.environ.get("NEARLINE_SERVICE")
+    processing = open_processing(run, service=service, root=str(root) if root else None)
+    return detector_of(processing)[0].model_dump(mode="json")
 
 
 def explain(

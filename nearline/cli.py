@@ -24,6 +24,7 @@ from nearline import (
     reprocess_commands,
     show,
     token_commands,
+    tune_commands,
     veto_commands,
 )
 from nearline.logs import configure_logs
@@ -473,6 +474,7 @@ provenance_commands.register(app)
 cell_commands.register(app)
 decision_commands.register(app)
 detector_commands.register(app)
+tune_commands.register(app)
 
 
 @catalog_app.command("rebuild")

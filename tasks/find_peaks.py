@@ -91,6 +91,10 @@ class PeakParams:
             max_res=self.max_res / factor,
         )
 
+    def with_threshold(self, threshold: float) -> "PeakParams":
+        """The same search with another lower bound, counts."""
+        return replace(self, threshold=threshold)
+
 
 class PeakFinder:
     """Peak search prepared for one detector and mask.
@@ -100,15 +104,19 @@ class PeakFinder:
     geometry : panels and where they stand; gives the rings.
     mask : (slow, fast) of the whole frame, nonzero where a pixel is unusable.
     params : what counts as a peak.
+
+    Attributes
+    ----------
+    rings : (slow, fast) uint16: 1 + whole-pixel radius; 0 for pixels that are not looked at.
     """
 
     def __init__(self, geometry: Geometry, mask: np.ndarray, params: PeakParams | None = None) -> None:
         self.params = params or PeakParams()
         self.shape = mask.shape
         self._panels = _panel_bounds(geometry, self.shape)
-        self._rings = self._ring_numbers(geometry, np.asarray(mask) != 0)
-        self._statistics = RingStatistics(self._rings, self.params.sample_per_ring)
-        self._pieces = _pieces(self._rings, self._panels)
+        self.rings = self._ring_numbers(geometry, np.asarray(mask) != 0)
+        self._statistics = RingStatistics(self.rings, self.params.sample_per_ring)
+        self._pieces = _pieces(self.rings, self._panels)
         self._of_thread = threading.local()
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
@@ -135,7 +143,7 @@ class PeakFinder:
         if frame.dtype.kind not in "uif":
             raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
         frame = np.ascontiguousarray(frame)
-        largest = self._largest(frame.dtype)
+        largest = self.largest(frame.dtype)
         mean, upper = self._thresholds(frame, largest)
         limit = _as_limits(upper, frame.dtype)
         least = _least_of_ranges(limit)
@@ -145,7 +153,7 @@ class PeakFinder:
         while n_found > len(rows):
             rows = np.empty((capacity, 8))
             n_found = _search(
-                frame, self._rings, self._panels, self._pieces, mean, limit, least, frame.dtype.type(largest),
+                frame, self.rings, self._panels, self._pieces, mean, limit, least, frame.dtype.type(largest),
                 self._used(), p.min_snr, p.min_pix_count, p.max_pix_count, p.local_bg_radius, rows,
             )  # fmt: skip
             # A frame with more peaks than fit is searched once more, so that the strongest are kept.
@@ -154,7 +162,7 @@ class PeakFinder:
 
     def thresholds(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, upper) of each whole-pixel radius, counts, float64; upper is inf where none is usable."""
-        mean, upper = self._thresholds(np.ascontiguousarray(frame), self._largest(frame.dtype))
+        mean, upper = self._thresholds(np.ascontiguousarray(frame), self.largest(frame.dtype))
         return mean[1:], upper[1:]
 
     def _thresholds(self, frame: np.ndarray, largest: float) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +175,7 @@ class PeakFinder:
             used = self._of_thread.used = np.zeros(self.shape, np.uint8)
         return used
 
-    def _largest(self, dtype: np.dtype) -> float:
+    def largest(self, dtype: np.dtype) -> float:
         """Largest count to use; below the unsigned maximum, which detectors use as a mark."""
         ceiling = float(np.iinfo(dtype).max) - 1.0 if dtype.kind == "u" else np.inf
         if dtype == np.uint64:

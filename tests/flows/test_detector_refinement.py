@@ -1,7 +1,6 @@
 """The detector's place from the crystals of a run, with a beam centre that is known to be wrong."""
 
 import json
-from datetime import UTC, datetime
 
 import pytest
 import yaml
@@ -12,13 +11,10 @@ from flows.detector_refinement import detector_of
 from flows.run_processing import ProcessRequest, run_processing
 from nearline.cli import app
 from storage.errors import BadRecipe
-from storage.frame import FrameInfo, blob_crc32c, blob_digest
-from storage.models import RunHeader, StreamHeader
-from storage.run_folder import RunFolder
 from storage.step_store import Processing
-from storage.stream_store import StreamStore
 from streaming.simulator import SimulatorSettings, make_frames
 from tasks.recipe import load_recipe
+from tests.flows.stored_runs import store_run
 
 OFF = (0.6, -0.45)
 SETTINGS = SimulatorSettings(size="512", n_frames=40, hit_fraction=0.8, seed=4)
@@ -29,20 +25,7 @@ def run(tmp_path_factory):
     """A stored run of 512 x 512 px, about 32 hits."""
     simulator = SETTINGS.simulator()
     blobs, _ = make_frames(simulator, SETTINGS.n_frames)
-    header = RunHeader(experiment="lyso", run=1, started_at=datetime.now(UTC))
-    folder = RunFolder.create(tmp_path_factory.mktemp("detector"), header)
-    stream = StreamHeader(
-        experiment="lyso", run=1, data_source="eiger", shape=simulator.shape, dtype=simulator.dtype,
-        frames_per_chunk=20, planned=len(blobs), detector=simulator.header,
-    )  # fmt: skip
-    store = StreamStore.create(folder, stream, pixel_mask=simulator.pixel_mask)
-    for i, blob in enumerate(blobs):
-        info = FrameInfo(frame_index=i, size_bytes=len(blob), crc32c=blob_crc32c(blob), digest=blob_digest(blob))
-        store.append(info, blob)
-    store.finish(len(blobs), "not received")
-    store.close()
-    folder.add_event("run_finished", {"state": "completed", "cause": None, "ledgers": []})
-    return folder
+    return store_run(tmp_path_factory.mktemp("detector"), simulator, blobs)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from tasks.scale_crystals import CrystalScales, scale_crystals
 __all__ = ["PartialityReport", "model_partiality"]
 
 _ROUNDS = 2
+# A better correlation that costs more crystals than that is none.
+_KEPT = 0.9
 _N_SHELLS, _N_BINS = 6, 12
 _FEWEST_IN_SHELL, _FEWEST_BINS = 300, 4
 # Bins in which less than this share of the largest is left show what is beside the model, such as background.
@@ -67,7 +69,8 @@ def model_partiality(observations: Observations, scales: CrystalScales) -> tuple
         widths = found
         modelled = scale_crystals(observations, widths.partiality(observations))
     after = modelled.report().mean_cc if widths is not None else None
-    is_used = before is not None and after is not None and after > before
+    n_before, n_after = scales.is_scaled.sum(), modelled.is_scaled.sum()
+    is_used = before is not None and after is not None and after > before and bool(n_after >= _KEPT * n_before)
     report = PartialityReport(
         is_used=is_used,
         radius=widths.radius2**0.5 if widths else None,

@@ -21,6 +21,7 @@ Resolution = Annotated[
     described("d_min, Å", "Resolution to merge to; by default where the recipe or the detector ends", gt=0),
 ]
 Scale = Annotated[bool, described("Scale", "Scale and B of each crystal; without, a plain mean")]
+Partiality = Annotated[bool, described("Partiality", "Model partialities too, where that makes crystals more alike")]
 Resolve = Annotated[bool, described("Resolve", "Tell indexings apart where the lattice has several")]
 Polarisation = Annotated[
     float | None,
@@ -45,6 +46,7 @@ def merge_dataset(
     d_min: Resolution = None,
     friedel_mates: Literal["merged", "apart"] = "merged",
     scale: Scale = True,
+    partiality: Partiality = True,
     resolve: Resolve = True,
     polarisation: Polarisation = 0.99,
     split: Split = None,
@@ -60,7 +62,8 @@ def merge_dataset(
     """
     request = MergeRequest(
         runs=tuple(runs), where=where, processing=processing, d_min=d_min, friedel_mates=friedel_mates, scale=scale,
-        resolve=resolve, polarisation=polarisation, split=split, name=name, service=service, root=root,
+        partiality=partiality, resolve=resolve, polarisation=polarisation, split=split, name=name, service=service,
+        root=root,
     )  # fmt: skip
     folder = Path(output) if output else Path(root or "nearline-data") / "merged"
     result = merge_runs(request, folder)

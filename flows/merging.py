@@ -27,6 +27,7 @@ from tasks.merge_crystals import (
     merge_statistics,
     unique_reflections,
 )
+from tasks.model_partiality import PartialityReport, model_partiality
 from tasks.observations import Observations, gather_observations
 from tasks.resolve_ambiguity import AmbiguityReport, resolve_ambiguity
 from tasks.scale_crystals import CrystalScales, ScalingReport, merge_scaled, scale_crystals
@@ -54,6 +55,7 @@ class MergeRequest(Model):
     d_min: float | None = Field(None, gt=0, description="Å; by default where the recipe, or the detector, ends")
     friedel_mates: Literal["merged", "apart"] = Field("merged", description="apart keeps I(+) and I(-)")
     scale: bool = Field(True, description="scale and B of each crystal; without, a plain mean")
+    partiality: bool = Field(True, description="model partialities too, where that makes crystals more alike")
     resolve: bool = Field(True, description="resolve the indexing ambiguity, where the lattice has one")
     polarisation: float | None = Field(
         0.99, ge=0, le=1, description="horizontal fraction of the beam, for the correction; null for none"
@@ -72,6 +74,7 @@ class MergeResult(Record):
     inputs: dict[str, str] = Field(description="processing by run")
     left_out: dict[str, str] = Field(description="runs without reflections, with the reason")
     scaling: ScalingReport | None = Field(None, description="null where crystals were not scaled")
+    partiality: PartialityReport | None = Field(None, description="null where partialities were not modelled")
     ambiguity: AmbiguityReport | None = Field(None, description="null where the lattice has none")
     sets: dict[str, MergeStatistics] = Field(default_factory=dict, description="of a split, by value")
     notes: tuple[str, ...] = Field((), description="what was not done, and why")
@@ -108,12 +111,14 @@ def merge_runs(
         observations = indexings.applied(observations)
         notes += _about_indexing(indexings.report)
     scales = scale_crystals(observations) if request.scale else None
-    scaling = scales.report() if scales else None
     if scales is not None and scales.is_scaled.mean() < _FEWEST_SCALED:
         notes.append(
             f"not scaled, but a plain mean: only {scales.is_scaled.sum()} of {len(observations)} crystals can be"
         )
         scales = None
+    partiality = None
+    if scales is not None and request.partiality:
+        scales, partiality = model_partiality(observations, scales)
     merge = _Merge(observations, scales, request)
     every = np.ones(len(observations), bool)
     sets = split_crystals(observations, labels, request.split) if request.split else {}
@@ -122,7 +127,8 @@ def merge_runs(
         statistics=merge_statistics(all_of_them, request.n_shells),
         inputs={run: processing.name for run, processing in found.items()},
         left_out=chosen.left_out | left_out,
-        scaling=scaling if scales is not None else None,
+        scaling=scales.report() if scales is not None else None,
+        partiality=partiality,
         ambiguity=indexings.report if indexings else None,
         sets={name: merge_statistics(one, request.n_shells) for name, one in by_value.items()},
         notes=tuple(notes),
@@ -145,6 +151,10 @@ def lines_about(result: MergeResult) -> list[str]:
         if scaling.scale_spread is not None and scaling.b_spread is not None:
             line += f", ln G within ±{scaling.scale_spread:.2f}, B within ±{scaling.b_spread:.1f} Å² of the median"
         lines += [line, *(f"{n} crystals left out: {why}" for why, n in scaling.left_out.items())]
+    if (modelled := result.partiality) is not None and modelled.is_used:
+        lines.append(
+            f"partialities modelled: correlation of crystals {modelled.cc_with:.2f}, without {modelled.cc_without:.2f}"
+        )
     if (found := result.ambiguity) is not None and found.is_resolved:
         lines.append(
             f"{found.n_reindexed} crystals reindexed: correlation with the others {found.cc_chosen:.2f} as chosen, "
@@ -188,7 +198,8 @@ def _gather(
 def _observed(processing: Processing, polarisation: float | None) -> tuple[dict[str, np.ndarray], str | None]:
     """Reflections of a processing, corrected for polarisation; or why not."""
     table = processing.table("reflections")
-    columns = {name: table[name].to_numpy() for name in REFLECTION_COLUMNS}
+    known = [name for name in ("excitation",) if name in table.column_names]
+    columns = {name: table[name].to_numpy() for name in (*REFLECTION_COLUMNS, *known)}
     if polarisation is None:
         return columns, None
     if missing := [name for name in _POSITIONS if name not in table.column_names]:
@@ -280,7 +291,8 @@ def _are_alike(one: UnitCell, other: UnitCell) -> bool:
 def _write(output: Path, name: str, request: MergeRequest, merge: Mergeable, result: MergeResult) -> dict[str, str]:
     output.mkdir(parents=True, exist_ok=True)
     files = {kind: output / f"{name}.{kind}" for kind in ("mtz", "hkl", "png", "json")}
-    how = "scaled" if result.scaling else "plain mean"
+    is_modelled = result.partiality is not None and result.partiality.is_used
+    how = "scaled, partialities modelled" if is_modelled else "scaled" if result.scaling else "plain mean"
     history = f"nearline merge: {len(result.inputs)} runs, {result.statistics.n_crystals} crystals, {how}"
     merged, unique = merge.merged(), merge.unique
     merged_mtz(merged, unique.cell, unique.is_apart, history).write_to_file(str(files["mtz"]))

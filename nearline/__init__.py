@@ -326,7 +326,8 @@ def merge(runs: str | Sequence[str], output: str | Path | None = None, **options
     runs : ``lyso-2026/3``, ranges ``lyso-2026/3-9``, whole experiments ``lyso-2026/*``, or run folders.
     output : folder for the files; None to write none.
     options : fields of `flows.merging.MergeRequest`: ``where``, ``processing``, ``d_min`` (Å), ``friedel_mates``,
-        ``scale``, ``resolve``, ``polarisation``, ``split``, ``n_shells``, ``name``, ``service``, ``root``.
+        ``scale``, ``partiality``, ``resolve``, ``polarisation``, ``split``, ``n_shells``, ``name``, ``service``,
+        ``root``.
 
     Raises
     ------

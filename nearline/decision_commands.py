@@ -72,6 +72,9 @@ def merge(
     scale: Annotated[
         bool, typer.Option("--scale/--no-scale", help="Scale and B of each crystal, or a plain mean.")
     ] = True,
+    partiality: Annotated[
+        bool, typer.Option("--partiality/--no-partiality", help="Model partialities where that helps.")
+    ] = True,
     resolve: Annotated[
         bool, typer.Option("--resolve/--no-resolve", help="Tell indexings apart where the lattice has several.")
     ] = True,
@@ -92,7 +95,7 @@ def merge(
 
     request = MergeRequest(
         runs=tuple(runs), where=where, processing=processing, cell=cell, space_group=space_group, d_min=d_min,
-        friedel_mates=friedel_mates, scale=scale, resolve=resolve, split=split,
+        friedel_mates=friedel_mates, scale=scale, partiality=partiality, resolve=resolve, split=split,
         polarisation=None if no_polarisation else polarisation,
         n_shells=shells, name=name, service=service, root=str(root) if root else None,
     )  # fmt: skip

@@ -35,6 +35,7 @@ class Observations:
         frame, and how many of its observations were no usable number and are not here.
     start : (crystal + 1,), where the observations of each crystal begin.
     hkl : (n, 3) int32, as indexed. intensity, sigma : (n,), counts.
+    excitation : (n,), 1/Å: how far each was predicted from the Ewald sphere; NaN where that is not known.
     """
 
     unique: UniqueReflections
@@ -47,6 +48,7 @@ class Observations:
     hkl: np.ndarray
     intensity: np.ndarray
     sigma: np.ndarray
+    excitation: np.ndarray
 
     def __len__(self) -> int:
         """Crystals."""
@@ -112,13 +114,16 @@ def gather_observations(
     Parameters
     ----------
     tables : run (experiment/number), and columns frame_index, crystal, h, k, l, intensity and sigma (counts), all
-        (n,). A run may come in several tables, a crystal not.
+        (n,); excitation (1/Å) where it is known. A run may come in several tables, a crystal not.
 
     Raises
     ------
     BadMerge : columns are missing.
     """
-    given = [(run, reflection_columns(table)) for run, table in tables]
+    given, excitations = [], [np.empty(0)]
+    for run, table in tables:
+        given.append((run, reflection_columns(table)))
+        excitations.append(np.asarray(table.get("excitation", np.full(len(given[-1][1][0]), np.nan)), float))
     runs = tuple(sorted({run for run, _ in given}))
     run_of = np.concatenate([np.empty(0, np.int64), *(np.full(len(c[0]), runs.index(run)) for run, c in given)])
     none = reflection_columns(dict.fromkeys(REFLECTION_COLUMNS, np.empty(0)))
@@ -145,4 +150,5 @@ def gather_observations(
         hkl=hkl[is_number],
         intensity=intensity[is_number],
         sigma=sigma[is_number],
+        excitation=np.concatenate(excitations)[order][is_number],
     )

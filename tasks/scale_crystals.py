@@ -32,6 +32,8 @@ __all__ = ["CrystalScales", "ScaledMerge", "ScalingReport", "merge_scaled", "sca
 
 # Reflections that others have seen too; with fewer, two parameters mean nothing.
 FEWEST_COMMON = 10
+# What is left of a reflection is too little, and too uncertain, to tell the whole by.
+LEAST_PARTIALITY = 0.15
 # An observation is left out if it is so many standard deviations from the mean of the others, and if there are so
 # many others. The mean of a few is now and then one of small partialities only: with 6 and 5, 15 of 31,000 simulated
 # observations without any fault were left out, full ones, and CC with the truth lost 0.01; with 8 and 8 it was one.
@@ -77,7 +79,7 @@ class CrystalScales:
 
     log_scale, b_factor (Å²), cc, status, noise (counts²) : (crystal,). status is 0 where it was scaled.
     is_outlier : (n,), observations that are left out. reference : (Laue unique,), the merge of all, for weights.
-    scatter : c².
+    scatter : c². partiality : (n,), if it was given.
     """
 
     log_scale: np.ndarray
@@ -90,6 +92,7 @@ class CrystalScales:
     scatter: float
     n_rounds: int
     has_settled: bool
+    partiality: np.ndarray | None = None
 
     @property
     def is_scaled(self) -> np.ndarray:
@@ -130,14 +133,19 @@ class ScaledMerge:
         return self.result
 
 
-def scale_crystals(observations: Observations) -> CrystalScales:
+def scale_crystals(observations: Observations, partiality: np.ndarray | None = None) -> CrystalScales:
     """Fit scale and B of every crystal to the merge of the others, until they settle.
 
     Friedel mates count as one here, also where they are kept apart: their difference is small beside what scales
     have to find out. A crystal's noise σ_j² is the median of its σ²: a σ from counting is small where the count
     happened to be small, and weighting with it would pull every mean down.
+
+    Parameters
+    ----------
+    partiality : (n,), a factor on G for each observation, as `tasks.model_partiality` finds it; those below 0.15 are
+        not used. By default 1.
     """
-    data, sigma2 = _data_of(observations), observations.sigma**2
+    data, sigma2 = _data_of(observations, partiality), observations.sigma**2
     n, n_unique = len(observations), len(observations.unique.hkl)
     log_scale, b, status = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
     cc = np.full(n, np.nan)
@@ -178,7 +186,8 @@ def scale_crystals(observations: Observations) -> CrystalScales:
         if has_settled and n_round > _FULL_STEPS:
             break
     return CrystalScales(
-        log_scale, b, cc, status, data.noise, is_outlier, np.nan_to_num(reference), scatter, n_round, has_settled
+        log_scale, b, cc, status, data.noise, is_outlier, np.nan_to_num(reference), scatter, n_round, has_settled,
+        partiality,
     )  # fmt: skip
 
 
@@ -197,7 +206,7 @@ def merge_scaled(observations: Observations, scales: CrystalScales, which: np.nd
     √(Σ w² σ²/g²) / Σ w from their own sigmas.
     """
     mine = scales.is_scaled if which is None else which & scales.is_scaled
-    data = _data_of(observations)
+    data = _data_of(observations, scales.partiality)
     sigma2 = observations.sigma**2
     n = 2 * len(observations.unique.hkl)
     sums, weights, numbers, spread, counting = _merge(
@@ -233,13 +242,15 @@ class _Data(NamedTuple):
     intensity: np.ndarray
     noise: np.ndarray
     s2: np.ndarray  # of each unique reflection, 1/Å²: 1 / 2d²
+    part: np.ndarray  # partiality of each observation
 
 
-def _data_of(observations: Observations) -> _Data:
+def _data_of(observations: Observations, partiality: np.ndarray | None) -> _Data:
     found = observations.found
-    slot = np.where(found >= 0, found // 2, -1).astype(np.int64)
+    part = np.ones(len(found)) if partiality is None else partiality
+    slot = np.where((found >= 0) & (part >= LEAST_PARTIALITY), found // 2, -1).astype(np.int64)
     noise = observations.median_of(observations.sigma**2)
-    return _Data(observations.start, slot, observations.intensity, noise, 0.5 / observations.unique.d**2)
+    return _Data(observations.start, slot, observations.intensity, noise, 0.5 / observations.unique.d**2, part)
 
 
 def _relative_to_median(log_scale: np.ndarray, b: np.ndarray, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +291,7 @@ def _weight(noise, g, reference, scatter):  # pragma: no cover - compiled
 
 @njit(cache=True, nogil=True)
 def _sum_up(
-    start, slot, intensity, noise, s2, log_scale, b, is_in, is_outlier, reference, scatter
+    start, slot, intensity, noise, s2, part, log_scale, b, is_in, is_outlier, reference, scatter
 ):  # pragma: no cover - compiled
     """Weighted sums, weights and numbers of each unique reflection."""
     n_unique = len(s2)
@@ -292,7 +303,7 @@ def _sum_up(
             h = slot[i]
             if h < 0 or is_outlier[i]:
                 continue
-            g = np.exp(log_scale[j] - b[j] * s2[h])
+            g = part[i] * np.exp(log_scale[j] - b[j] * s2[h])
             w = _weight(noise[j], g, reference[h], scatter)
             sums[h] += w * intensity[i] / g
             weights[h] += w
@@ -320,6 +331,7 @@ def _fit(
     intensity,
     noise,
     s2,
+    part,
     log_scale,
     b,
     is_in,
@@ -339,20 +351,21 @@ def _fit(
     cc, n_common = np.full(n, np.nan), np.zeros(n, np.int64)
     for j in range(n):
         size = start[j + 1] - start[j]
-        value, mean, variance, where = np.empty(size), np.empty(size), np.empty(size), np.empty(size, np.int64)
+        value, mean, variance = np.empty(size), np.empty(size), np.empty(size)
+        share, where = np.empty(size), np.empty(size, np.int64)
         m = 0
         for i in range(start[j], start[j + 1]):
             h = slot[i]
             if h < 0 or is_outlier[i]:
                 continue
-            g = np.exp(log_scale[j] - b[j] * s2[h])
+            g = part[i] * np.exp(log_scale[j] - b[j] * s2[h])
             r, v, others = _without_own(
                 i, h, j, intensity, g, noise, is_in[j], reference, scatter, sums, weights, numbers
             )
             # Where the others see nothing, there is no ratio.
             if others < 1 or r <= 0:
                 continue
-            value[m], mean[m], variance[m], where[m] = intensity[i], r, v, h
+            value[m], mean[m], variance[m], share[m], where[m] = intensity[i], r, v, part[i], h
             m += 1
         n_common[j] = m
         if m < 2:
@@ -364,7 +377,7 @@ def _fit(
             c0, c1 = -x / scale_spread**2, -y / b_spread**2
             for k in range(m):
                 s = s2[where[k]]
-                g = np.exp(x - y * s)
+                g = share[k] * np.exp(x - y * s)
                 mu = g * mean[k]
                 v = noise[j] + scatter * mu * mu + g * g * variance[k]
                 residual = value[k] - mu
@@ -384,16 +397,16 @@ def _fit(
                 break
         new_log[j], new_b[j] = x, y
         variances[0, j], variances[1, j] = a11 / determinant, a00 / determinant
-        cc[j] = _normalised_correlation(m, value, mean, where, x, y, noise[j], s2, level)
+        cc[j] = _normalised_correlation(m, value, mean, share, where, x, y, noise[j], s2, level)
     return new_log, new_b, variances, cc, n_common
 
 
 @njit(cache=True, nogil=True)
-def _normalised_correlation(m, value, mean, where, x, y, noise, s2, level):  # pragma: no cover - compiled
+def _normalised_correlation(m, value, mean, share, where, x, y, noise, s2, level):  # pragma: no cover - compiled
     """Weighted, of intensities relative to their resolution's mean: the common fall-off is no likeness."""
     n, sa, sb, saa, sbb, sab = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for k in range(m):
-        expected = np.exp(x - y * s2[where[k]]) * level[where[k]]
+        expected = share[k] * np.exp(x - y * s2[where[k]]) * level[where[k]]
         w = 1.0 / (1.0 + noise / (expected * expected))
         a, c = min(value[k] / expected, _MOST_RELATIVE), min(mean[k] / level[where[k]], _MOST_RELATIVE)
         n, sa, sb = n + w, sa + w * a, sb + w * c
@@ -409,6 +422,7 @@ def _judge(
     intensity,
     noise,
     s2,
+    part,
     log_scale,
     b,
     is_in,
@@ -429,7 +443,7 @@ def _judge(
             h = slot[i]
             if h < 0:
                 continue
-            g = np.exp(log_scale[j] - b[j] * s2[h])
+            g = part[i] * np.exp(log_scale[j] - b[j] * s2[h])
             r, v, others = _without_own(
                 i, h, j, intensity, g, noise, not is_outlier[i], reference, scatter, sums, weights, numbers
             )
@@ -450,7 +464,7 @@ def _judge(
 
 @njit(cache=True, nogil=True)
 def _merge(
-    start, slot, intensity, noise, s2, log_scale, b, is_in, is_outlier, reference, scatter, found, half, sigma2, n
+    start, slot, intensity, noise, s2, part, log_scale, b, is_in, is_outlier, reference, scatter, found, half, sigma2, n
 ):  # pragma: no cover - compiled
     """By half set and mate: sums, weights, numbers; and over both Σ w² (x − mean)² and Σ w² σ²/g², over (Σ w)²."""
     sums, weights, numbers = np.zeros((2, n)), np.zeros((2, n)), np.zeros((2, n), np.int64)
@@ -463,7 +477,7 @@ def _merge(
                 h, at = slot[i], found[i]
                 if h < 0 or is_outlier[i]:
                     continue
-                g = np.exp(log_scale[j] - b[j] * s2[h])
+                g = part[i] * np.exp(log_scale[j] - b[j] * s2[h])
                 w, x = _weight(noise[j], g, reference[h], scatter), intensity[i] / g
                 if is_second:
                     mean = (sums[0, at] + sums[1, at]) / (weights[0, at] + weights[1, at])

@@ -13,6 +13,7 @@ class StillTables:
     """Crystals in random orientations, with the partiality of each spot as the simulator has it.
 
     scale_spread : of ln G. b_spread : Å². background : photons under a spot, which are subtracted.
+    excitation_error : 1/Å, of the column excitation; None for no such column.
     """
 
     crystal: SimulatedCrystal
@@ -24,6 +25,7 @@ class StillTables:
     strength: float = 900.0
     seed: int = 0
     polarisation: float | None = None
+    excitation_error: float | None = None
 
     @property
     def simulator(self) -> StillSimulator:
@@ -55,6 +57,11 @@ class StillTables:
             columns |= {name: hkl[:, axis] for axis, name in enumerate("hkl")}
             columns |= {"intensity": intensity.astype("f4"), "sigma": sigma.astype("f4")}
             columns |= {"x": spots["x"], "y": spots["y"], "panel": np.zeros(len(hkl), int)}
+            if self.excitation_error is not None:
+                # The simulator's own width, backwards from the partiality; the side of the sphere does not matter.
+                width = np.hypot(StillPhysics().relp_radius, StillPhysics().mosaicity * np.sqrt(2 * s2))
+                exact = width * np.sqrt(-2 * np.log(spots["partiality"]))
+                columns |= {"excitation": exact + self.excitation_error * rng.standard_normal(len(hkl))}
             parts.append(columns)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

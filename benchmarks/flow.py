@@ -48,12 +48,12 @@ def measure(options: Options) -> list[Figure]:
 
     Frames are small and few: what Prefect does for a chunk does not depend on them.
     """
-    n_chunks = options.choose(5, 30)
+    n_chunks = options.choose(5, 60)
     frames = FrameSet.make("512", 32)
     recipe = recipe_for(frames).model_dump(mode="json")
     extra, of_processor, of_server, plain = [], [], [], []
     with WorkFolder(options, "flow") as root, _prefect_server(root) as server:
-        for number in in_rounds(options.choose(2, 6)):
+        for number in in_rounds(options.choose(2, 5)):
             by_kind = {}
             for kind in ("plain", "flow") if number % 2 else ("flow", "plain"):
                 folder = _new_run(root, frames, n_chunks)

@@ -30,6 +30,7 @@ from tasks.merge_crystals import (
     merge_statistics,
     unique_reflections,
 )
+from tasks.model_partiality import model_partiality
 from tasks.observations import gather_observations
 from tasks.predict_spots import predict_spots, profile_radius
 from tasks.scale_crystals import merge_scaled, scale_crystals
@@ -92,7 +93,7 @@ def _tables(simulator: StillSimulator, cell: UnitCell, n: int) -> Iterator[Table
             factor = polarisation_of_spots(geometry, r["x"], r["y"], r["panel"], _HORIZONTAL)
             found.append(
                 {name: r[name] for name in "hkl"}
-                | {"intensity": r["intensity"] / factor, "sigma": r["sigma"] / factor}
+                | {"intensity": r["intensity"] / factor, "sigma": r["sigma"] / factor, "excitation": r["excitation"]}
                 | {"frame_index": np.full(len(r), number), "crystal": np.full(len(r), len(found))}
             )
         return found
@@ -108,7 +109,9 @@ def _tables(simulator: StillSimulator, cell: UnitCell, n: int) -> Iterator[Table
 def _merges(tables: list[Table], cell: UnitCell) -> tuple[Merged, MergeStatistics, Merged]:
     """Scaled and merged, its statistics, and the plain mean beside it."""
     observations = gather_observations(unique_reflections(cell, _D_MIN, "apart"), [("bench/1", t) for t in tables])
-    scaled = merge_scaled(observations, scale_crystals(observations))
+    scales, partialities = model_partiality(observations, scale_crystals(observations))
+    log.info("%s", partialities)
+    scaled = merge_scaled(observations, scales)
     sums = MergeSums(cell, _D_MIN, "apart")
     for table in tables:
         sums.add("bench/1", table)

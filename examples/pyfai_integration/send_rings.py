@@ -15,7 +15,9 @@ from storage.models import DetectorHeader, StreamHeader
 # NIST SRM 660c at 22.5 °C.
 LATTICE_ANGSTROM = 4.156826
 SHAPE = (512, 480)
+# Of a sensor without depth: pyFAI, as it is used here, takes no parallax into account.
 DETECTOR = DetectorHeader(
+    sensor_thickness=0.0,
     description="simulated", pixel_size_x=172e-6, pixel_size_y=172e-6, detector_distance=0.08,
     beam_center_x=231.3, beam_center_y=262.8, incident_wavelength=0.8, saturation_value=60_000,
 )  # fmt: skip

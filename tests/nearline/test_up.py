@@ -136,6 +136,7 @@ def programs_of(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(280)
 def test_runs_are_processed_whoever_is_killed(under_up):
     """Flow run, worker and Prefect server, each killed while a run is processed."""

@@ -20,7 +20,9 @@ from tasks.predict_spots import (
 from tasks.unit_cell import UnitCell, lattice_rotations
 
 SHAPE = (100, 110)
-HEADER = DetectorHeader(beam_center_x=55, beam_center_y=50, detector_distance=0.1, incident_energy=12000)
+HEADER = DetectorHeader(
+    beam_center_x=55, beam_center_y=50, detector_distance=0.1, incident_energy=12000, sensor_thickness=0
+)
 GEOMETRY = Geometry.from_header(HEADER, SHAPE)
 CLEAR = np.zeros(SHAPE, np.uint8)
 N_DISC = 29  # whole pixels within 3 px of a pixel

@@ -27,14 +27,15 @@ from storage.files import replace
 from storage.names import run_key
 from streaming.outbox import Fact, OutboxReader, outbox_folder
 
-__all__ = ["Relay", "event_of", "relay_events"]
+__all__ = ["EVENTS_AT_ONCE", "Relay", "event_of", "relay_events"]
 
 log = logging.getLogger("nearline.relay")
 
 _LOOK_S = 0.2
 _CONFIRM_S = 1.0
 _LOST_S = 30.0
-_AT_ONCE = 50
+# The most that a Prefect server answers for in one request.
+EVENTS_AT_ONCE = 50
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 10.0
 _AWAY = (httpx.HTTPError, PrefectException, OSError)
 
@@ -115,7 +116,7 @@ class Relay:
         with get_client(sync_client=True) as client:
             if self._is_in_doubt:
                 self._look_what_is_there(client)
-            batch = self._to_send[:_AT_ONCE]
+            batch = self._to_send[:EVENTS_AT_ONCE]
             if batch:
                 self._post(client, batch)
                 self._sent |= {fact.id: fact for fact in batch}
@@ -127,8 +128,8 @@ class Relay:
     def _look_what_is_there(self, client: SyncPrefectClient) -> None:
         waiting = [*self._sent.values(), *self._to_send]
         there: set[str] = set()
-        for at in range(0, len(waiting), _AT_ONCE):
-            there |= _known_ids(client, waiting[at : at + _AT_ONCE])
+        for at in range(0, len(waiting), EVENTS_AT_ONCE):
+            there |= _known_ids(client, waiting[at : at + EVENTS_AT_ONCE])
         self._to_send = [fact for fact in waiting if fact.id not in there]
         self._sent = {}
         self._n_carried += len(waiting) - len(self._to_send)
@@ -137,7 +138,7 @@ class Relay:
 
     def _look_back(self, client: SyncPrefectClient) -> None:
         self._looked_back_at = time.monotonic()
-        for fact_id in _known_ids(client, list(self._sent.values())[:_AT_ONCE]):
+        for fact_id in _known_ids(client, list(self._sent.values())[:EVENTS_AT_ONCE]):
             del self._sent[fact_id]
             self._n_carried += 1
         if self._sent and self._looked_back_at - self._sent_at > _LOST_S:
@@ -172,7 +173,7 @@ def _known_ids(client: SyncPrefectClient, facts: list[Fact]) -> set[str]:
     wanted = {"id": {"id": [fact.id for fact in facts]}}
     oldest = min(fact.at for fact in facts)
     wanted["occurred"] = {"since": oldest.isoformat()}  # type: ignore[dict-item]
-    answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": _AT_ONCE})
+    answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": EVENTS_AT_ONCE})
     return {event["id"] for event in answer.json()["events"]}
 
 

@@ -8,6 +8,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import emit_event
 
 from flows.decisions import Decision
+from flows.relay_events import EVENTS_AT_ONCE
 from storage.names import parse_run_key
 
 __all__ = ["event_id", "tell_again", "tell_enough"]
@@ -27,18 +28,22 @@ def tell_enough(decision: Decision) -> None:
 
 def tell_again(client: SyncPrefectClient, decisions: Sequence[Decision]) -> list[Decision]:
     """Send those that the server does not have; which they were."""
-    if not decisions:
-        return []
+    untold: list[Decision] = []
+    for at in range(0, len(decisions), EVENTS_AT_ONCE):
+        untold += _untold(client, decisions[at : at + EVENTS_AT_ONCE])
+    for at in range(0, len(untold), EVENTS_AT_ONCE):
+        client.request("POST", "/events", json=[_event(decision) for decision in untold[at : at + EVENTS_AT_ONCE]])
+    return untold
+
+
+def _untold(client: SyncPrefectClient, decisions: Sequence[Decision]) -> list[Decision]:
     wanted = {
         "id": {"id": [str(event_id(decision)) for decision in decisions]},
         "occurred": {"since": min(decision.at for decision in decisions).isoformat()},
     }
     answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": len(decisions)})
     there = {event["id"] for event in answer.json()["events"]}
-    untold = [decision for decision in decisions if str(event_id(decision)) not in there]
-    if untold:
-        client.request("POST", "/events", json=[_event(decision) for decision in untold])
-    return untold
+    return [decision for decision in decisions if str(event_id(decision)) not in there]
 
 
 def _event(decision: Decision) -> dict[str, Any]:

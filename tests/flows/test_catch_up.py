@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
@@ -12,11 +13,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled, Failed, Running
 
 from flows.catch_up import CatchUp
-from flows.decisions import decisions_of
+from flows.decisions import Decision, decisions_of
 from flows.deploying import deploy, prefect_client, undeploy
 from flows.experiment import Experiment, load_experiment
 from flows.run_processing import ProcessRequest, run_processing
-from flows.telling import event_id
+from flows.telling import event_id, tell_again
 from storage.errors import DeploymentNotFound, ServiceUnavailable
 from storage.step_store import Processing
 
@@ -100,6 +101,22 @@ def test_a_decision_that_the_server_missed_is_told_once(deployed):
     assert event["event"] == "nearline.run.enough"
     assert event["payload"]["values"] == {"n_frames": 10.0}
     assert catch_up(experiment, api) == [], "another catch-up finds it on the server"
+
+
+def test_more_decisions_than_the_server_answers_for_at_once(prefect_server):
+    api, made = f"http://127.0.0.1:{prefect_server.port}/api", datetime.now(UTC)
+    decisions = [
+        Decision(
+            criterion=f"n_frames >= {n}", at=made, run="lyso/77", processing="p1", chunk=n, values={"n_frames": n},
+            inputs=[], recipe_digest="digest",
+        )
+        for n in range(60)
+    ]  # fmt: skip
+    with prefect_client(api) as client:
+        assert tell_again(client, decisions) == decisions
+        for decision in decisions:
+            wait_for_event(api, event_id(decision))
+        assert tell_again(client, decisions) == []
 
 
 def wait_for_event(api: str, known_as: UUID) -> dict:

@@ -345,6 +345,8 @@ def test_a_disk_that_refuses_costs_the_account_only(tmp_path, monkeypatch, caplo
         send_all(out, 3)
         wait_for(lambda: "eiger.online.json is not written" in caplog.text)
         send_all(out, 3, start=3)
+        # Acknowledged as buffered is in memory, and readable once the writer has come to it.
+        wait_for(lambda: opened(service.address).status.watermark == 6)
         assert not service.recorder.disk.is_full
         assert len(list(opened(service.address))) == 6
         out.finish()

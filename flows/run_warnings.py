@@ -81,50 +81,69 @@ def _blank(chunks: Sequence[ChunkFigures]) -> str:
 def _jumps(chunks: Sequence[ChunkFigures]) -> list[str]:
     if len(chunks) < _RECENT + _BEFORE:
         return []
-    now, before = chunks[-_RECENT:], chunks[-_RECENT - _MOST_BEFORE : -_RECENT]
-    rates = [
-        ("hit rate", [(c.n_hits, c.n_frames) for c in before], [(c.n_hits, c.n_frames) for c in now]),
-        ("indexing rate", [(c.n_indexed, c.n_hits) for c in before], [(c.n_indexed, c.n_hits) for c in now]),
+    window = chunks[-_RECENT - _MOST_BEFORE :]
+    starts = [c.start for c in window]
+    return [
+        _jump("hit rate", [(c.n_hits, c.n_frames) for c in window], starts),
+        _jump("indexing rate", [(c.n_indexed, c.n_hits) for c in window], starts),
     ]
-    return [_jump(name, _sum(old), _sum(new), now[0].start) for name, old, new in rates]
 
 
-def _jump(name: str, old: tuple[int, int], new: tuple[int, int], frame: int) -> str:
-    if not old[1] or not new[1] or (not new[0] and name == "hit rate"):  # that there are none is said already
+def _jump(name: str, counted: list[tuple[int, int]], starts: list[int]) -> str:
+    (n, of), (n_now, of_now) = _sum(counted[:-_RECENT]), _sum(counted[-_RECENT:])
+    if not of or not of_now or (not n_now and name == "hit rate"):  # that there are none is said already
         return ""
-    a, b = old[0] / old[1], new[0] / new[1]
-    both = (old[0] + new[0]) / (old[1] + new[1])
-    error = math.sqrt(both * (1 - both) * (1 / old[1] + 1 / new[1]))
+    both = (n + n_now) / (of + of_now)
+    error = math.sqrt(both * (1 - both) * (1 / of + 1 / of_now))
+    a, b = n / of, n_now / of_now
     if error == 0 or abs(b - a) / error < _SIGMAS or max(a, b) < _FACTOR * min(a, b):
         return ""
-    return f"The {name} {'rose' if b > a else 'fell'} from {100 * a:.1f} % to {100 * b:.1f} % around frame {frame}."
+    at = _change(np.array([k - both * m for k, m in counted]))
+    (n, of), (n_since, of_since) = _sum(counted[:at]), _sum(counted[at:])
+    return (
+        f"The {name} {'rose' if b > a else 'fell'} from {100 * n / max(of, 1):.1f} % to "
+        f"{100 * n_since / max(of_since, 1):.1f} % around frame {starts[at]}."
+    )
 
 
 def _levels(chunks: Sequence[ChunkFigures]) -> list[str]:
     """Numbers of peaks and backgrounds that have changed at once: the beam, the jet or the detector has."""
     if len(chunks) < _RECENT + 2 * _BEFORE:
         return []
-    now, before = chunks[-_RECENT:], chunks[-_RECENT - _MOST_BEFORE : -_RECENT]
-    peaks = [[c.n_peaks / c.n_hits for c in part if c.n_hits] for part in (before, now)]
-    background = [[c.background for c in part if not math.isnan(c.background)] for part in (before, now)]
-    at = now[0].start
+    window = chunks[-_RECENT - _MOST_BEFORE :]
+    peaks = [(c.start, c.n_peaks / c.n_hits) for c in window if c.n_hits]
+    background = [(c.start, c.background) for c in window if not math.isnan(c.background)]
     said = [
-        _level("number of peaks per hit", peaks[0], peaks[1], at, "look at the beam's intensity and the crystals"),
-        _level("background at the peaks", background[0], background[1], at, "look at beam, jet and beamstop"),
+        _level("number of peaks per hit", peaks, "look at the beam's intensity and the crystals"),
+        _level("background at the peaks", background, "look at beam, jet and beamstop"),
     ]
     return [text for text in said if text]
 
 
-def _level(name: str, before: Sequence[float], now: Sequence[float], frame: int, remedy: str) -> str:
-    if len(before) < 2 * _BEFORE or len(now) < _RECENT:
+def _level(name: str, series: list[tuple[int, float]], remedy: str) -> str:
+    values = np.array([value for _, value in series])
+    before, now = values[:-_RECENT], values[-_RECENT:]
+    if len(before) < 2 * _BEFORE:
         return ""
     old, new = float(np.median(before)), float(np.median(now))
     # What five chunks that belong to those before would do: their own spread, as a robust standard deviation.
-    spread = 1.4826 * float(np.median(np.abs(np.array(before) - old)))
-    is_far = abs(new - old) > _SIGMAS * max(spread, 1e-9) and all((value - old) * (new - old) > 0 for value in now)
+    spread = 1.4826 * float(np.median(np.abs(before - old)))
+    is_far = abs(new - old) > _SIGMAS * max(spread, 1e-9) and bool(np.all((now - old) * (new - old) > 0))
     if not is_far or max(old, new) < _LEVEL_FACTOR * min(old, new):
         return ""
-    return f"The {name} {'rose' if new > old else 'fell'} from {old:.3g} to {new:.3g} around frame {frame}: {remedy}."
+    at = _change(values - values.mean())
+    was, since = float(np.median(values[:at])), float(np.median(values[at:]))
+    verb, frame = "rose" if new > old else "fell", series[at][0]
+    return f"The {name} {verb} from {was:.3g} to {since:.3g} around frame {frame}: {remedy}."
+
+
+def _change(deviations: np.ndarray) -> int:
+    """Where a series changed its level: behind the extreme of its cumulated deviations from the mean (CUSUM).
+
+    E. S. Page, Biometrika 41 (1954) 100. Any later look at the same change finds the same place, which the newest
+    chunks do not.
+    """
+    return 1 + int(np.abs(np.cumsum(deviations)[:-1]).argmax())
 
 
 def _beam(chunks: Sequence[ChunkFigures]) -> str:

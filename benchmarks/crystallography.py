@@ -187,7 +187,8 @@ def _om(folder: Path, frames: FrameSet, verdict: Verdict) -> Iterator[Any]:
             if not line:
                 log.warning("%s ended; is ondamonitor installed there?", python)
                 return None
-            return json.loads(line)  # type: ignore[no-any-return]
+            answer: dict[str, Any] = json.loads(line)
+            return answer
 
         yield ask
         process.stdin.close()
@@ -248,7 +249,7 @@ _FAULTS = {
     "wavelength off by 0.1 %": _Fault(wavelength=1.001),
     "30 % of the peaks spurious": _Fault(spurious=0.3),
     "8 peaks": _Fault(n_spots=8),
-    "all but the last at once, cell 1 %": _Fault(1.01, (0.5, 0.5), 1.001, 0.3),
+    "cell 1 %, beam centre 0.7 px, wavelength and 30 % spurious at once": _Fault(1.01, (0.5, 0.5), 1.001, 0.3),
 }
 
 

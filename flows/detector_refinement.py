@@ -11,13 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from flows.run_tally import cell_of
+from flows.run_tally import cell_of, header_of
 from storage.crystfel import geometry_file
 from storage.errors import BadRecipe
 from storage.files import replace
 from storage.geometry import override_detector
-from storage.models import DetectorHeader, Record, StreamHeader
-from storage.run_folder import RunFolder
+from storage.models import DetectorHeader, Record
 from storage.step_store import Processing
 from tasks.recipe import load_recipe
 from tasks.refine_detector import CrystalSpots, DetectorRefinement, refine_detector
@@ -59,7 +58,7 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
     ------
     BadRecipe : it has no crystals, or too few, or no cell.
     """
-    header, cell = _header(processing), cell_of(processing)
+    header, cell = header_of(processing), cell_of(processing)
     if cell is None:
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
     assert header.detector is not None
@@ -97,7 +96,7 @@ def write_recipe(processing: Processing, findings: DetectorFindings, path: Path)
 
 def write_geometry(processing: Processing, findings: DetectorFindings, path: Path) -> None:
     """A CrystFEL ``.geom`` with the beam centre found."""
-    header = _header(processing)
+    header = header_of(processing)
     moved = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
     detector = override_detector(header.detector or DetectorHeader(), moved)
     replace(path, geometry_file(header.model_copy(update={"detector": detector})).encode())
@@ -166,13 +165,6 @@ def _words(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]
             f"a region of the detector is off by {found.largest_residual:.2f} px from the rest: a displaced module, a "
             "tilt, or a beam that is not at right angles; look at the picture"
         )
-
-
-def _header(processing: Processing) -> StreamHeader:
-    """The stream's header as the processing saw it."""
-    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
-    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
-    return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
 
 
 def _crystals(processing: Processing, cell: UnitCell) -> Iterator[CrystalSpots]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from flows.criteria import AGGREGATES, Quantity
 from storage.errors import BadCriterion, DamagedFile, NearlineError, RunNotFound
 from storage.geometry import Geometry
+from storage.models import DetectorHeader, StreamHeader
 from storage.names import run_key
 from storage.promotion import read_promotion
 from storage.run_folder import RunFolder
@@ -22,7 +23,16 @@ from tasks.merge_crystals import MergeStatistics, MergeSums, merge_statistics
 from tasks.recipe import load_recipe
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["RunTally", "cell_of", "chosen_processing", "geometry_of", "runs_of_sample", "usual_d_min", "values_of"]
+__all__ = [
+    "RunTally",
+    "cell_of",
+    "chosen_processing",
+    "geometry_of",
+    "header_of",
+    "runs_of_sample",
+    "usual_d_min",
+    "values_of",
+]
 
 log = logging.getLogger("nearline.decisions")
 
@@ -224,17 +234,23 @@ def usual_d_min(processing: Processing) -> float:
     return math.ceil(100 / float(q.min())) / 100
 
 
+def header_of(processing: Processing) -> StreamHeader:
+    """The stream's header as a processing took it: with what its recipe corrects of the detector."""
+    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
+    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
+    return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
+
+
 def geometry_of(processing: Processing) -> Geometry:
-    """The detector in the beam as a processing took it: the stream's header, with what the recipe corrects.
+    """The detector in the beam as a processing took it.
 
     Raises
     ------
     BadFrame : distance or wavelength is unknown.
     """
-    header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
-    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
+    header = header_of(processing)
     slow, fast = header.shape
-    return Geometry.from_header(recipe.detector_header(header.detector), (slow, fast))
+    return Geometry.from_header(header.detector or DetectorHeader(), (slow, fast))
 
 
 def chosen_processing(run: Path, name: str | None = None) -> Processing | None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import Field
 
+from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.models import Record
 from streaming.retrieval import Run, Stream
@@ -86,9 +87,11 @@ def tune(
 
     Raises
     ------
-    BadRecipe : fewer than twenty frames, or no threshold parts peaks from background. BadFrame : no geometry.
+    BadRecipe : fewer than twenty frames, no threshold parts peaks from background, or the recipe searches binned
+        frames. BadFrame : no geometry.
     """
     loaded = recipe or load_recipe({"steps": [{"use": "find_peaks"}]})
+    _require_whole_frames(loaded)
     stream = run[data_source] if data_source else run.detector
     header = analysis_header(stream, loaded)
     assert header.detector is not None
@@ -101,7 +104,7 @@ def tune(
         survey.add(frame)
         progress("pixels", n_done, len(indices))
     bad = survey.bad_pixels()
-    params = before.with_threshold(survey.threshold())
+    params = replace(before, threshold=survey.threshold())
     better = usable_mask(None, shape, (mask != 0) | bad.any)
     finders = PeakFinder(geometry, better, params), PeakFinder(geometry, mask, before)
     counts, example = _counts(stream, indices, finders, n_threads, progress)
@@ -132,6 +135,16 @@ def tune(
         finders[0](example),
     )  # fmt: skip
     return report.model_copy(update={"words": tuple(_words(report, before, mask.size))}), data
+
+
+def _require_whole_frames(recipe: Recipe) -> None:
+    uses = [step.use for step in recipe.steps]
+    before = recipe.steps[: uses.index("find_peaks")] if "find_peaks" in uses else []
+    if any(step.use == "bin" and step.params.get("feed_next") for step in before):
+        raise BadRecipe(
+            f"recipe {recipe.name} searches binned frames (bin: feed_next), and thresholds of whole frames say nothing "
+            "about those; tune without feed_next, or leave the peak search's parameters as they are"
+        )
 
 
 # ---- frames ---------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from nearline import (
     veto_commands,
 )
 from nearline.logs import configure_logs
-from nearline.options import AsJson, Logs, Root, Service
+from nearline.options import AsJson, Folder, Logs, Root, Service
 from storage.errors import NearlineError
 from storage.names import parse_run_key
 
@@ -260,7 +260,7 @@ def process(
     space_group: SpaceGroup = None,
     source: Source = None,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     threads: Annotated[int | None, typer.Option(help="Threads over frames; default one per core.")] = None,
     prefect: Annotated[
         bool | None,
@@ -308,7 +308,7 @@ def export(
     frames_per_file: Annotated[int | None, typer.Option(help="A master and data files of so many frames.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's frames to a NeXus (NXmx) file, byte for byte as the detector compressed them."""
@@ -338,7 +338,7 @@ def export(
 def runs(
     experiment: Annotated[str | None, typer.Argument(help="Only this experiment.")] = None,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """List runs."""
@@ -376,7 +376,7 @@ def stop_run(
 def info(
     run: RunName,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run: its state, data sources, detector and processings."""
@@ -387,7 +387,7 @@ def info(
 def ledger(
     run: RunName,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Account for every frame of a run; exit code 2 if the sums do not balance."""
@@ -408,7 +408,7 @@ def query(
     processing: Annotated[str | None, typer.Option(help="Whose results, e.g. p1; by default the newest.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="Most rows to show; default 50 on a screen.")] = None,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -442,7 +442,7 @@ def annotate(
     by: Annotated[str | None, typer.Option(help="Who says so; default the user.")] = None,
     is_list: Annotated[bool, typer.Option("--list", help="Show what was said so far.")] = False,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Say something of frames afterwards: laser on, a delay, a position. Later values win, earlier ones are kept."""

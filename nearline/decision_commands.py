@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nearline.options import AsJson, Service
+from nearline.options import AsJson, Folder, Service
 from nearline.show import StageBars
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ __all__ = ["register"]
 
 console = Console()
 errors = Console(stderr=True)
-
-Folder = Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")]
 
 
 def register(app: typer.Typer) -> None:

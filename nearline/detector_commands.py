@@ -7,13 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nearline.options import AsJson, Service
+from nearline.options import AsJson, Folder, Service
 
 __all__ = ["register"]
 
 console = Console()
-
-Folder = Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -14,8 +14,8 @@ from flows.experiment import Experiment, all_recipes, load_experiment
 from nearline.doctor import Check, State
 from nearline.prefect_server import is_healthy
 from storage.errors import BadRecipe, NearlineError
-from storage.geometry import energy_from_wavelength
 from storage.models import DetectorHeader
+from storage.photons import energy_from_wavelength
 from streaming.client import is_reachable
 from tasks.recipe import Recipe, read_mask
 from tasks.unit_cell import lattice_rotations
@@ -31,7 +31,7 @@ _PLAUSIBLE = {
     "incident_energy": (800.0, 150e3, "eV"),
     "pixel_size_x": (1e-6, 2e-3, "m"),
     "pixel_size_y": (1e-6, 2e-3, "m"),
-    "sensor_thickness": (1e-5, 1e-2, "m"),
+    "sensor_thickness": (0.0, 1e-2, "m"),
     "beam_center_x": (-20e3, 40e3, "px"),
     "beam_center_y": (-20e3, 40e3, "px"),
     "count_time": (1e-7, 3600.0, "s"),

@@ -7,9 +7,10 @@ import typer
 
 from nearline.logs import LogFormat
 
-__all__ = ["AsJson", "Logs", "Root", "Service"]
+__all__ = ["AsJson", "Folder", "Logs", "Root", "Service"]
 
 Root = Annotated[Path, typer.Option(envvar="NEARLINE_ROOT", help="Data folder.")]
+Folder = Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")]
 Service = Annotated[
     str | None,
     typer.Option(envvar="NEARLINE_SERVICE", help="Address of the service; by default the one on this machine."),

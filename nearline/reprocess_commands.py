@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nearline import show
-from nearline.options import AsJson, Service
+from nearline.options import AsJson, Folder, Service
 from storage.errors import DeploymentNotFound
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = ["add_to"]
 console = Console()
 errors = Console(stderr=True)
 
-Folder = Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")]
 RecipeFile = Annotated[Path, typer.Option(help="Recipe file, YAML or TOML.")]
 Source = Annotated[str | None, typer.Option(help="Data source; needed only if the run has several detectors.")]
 Picture = Annotated[Path | None, typer.Option("--picture", "-o", help="Also draw the comparison: a PNG file.")]

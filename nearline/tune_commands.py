@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nearline.options import AsJson, Service
+from nearline.options import AsJson, Folder, Service
 from nearline.show import StageBars
 
 __all__ = ["register"]
@@ -31,7 +31,7 @@ def tune(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads.")] = None,
     service: Service = None,
-    root: Annotated[Path | None, typer.Option(envvar="NEARLINE_ROOT", help="Data folder, without a service.")] = None,
+    root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Propose threshold, mask and hit cut of the peak search, from a minute of a run instead of a guess.

@@ -22,8 +22,9 @@ from typing import Literal, Self
 import numpy as np
 
 from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
-from storage.geometry import Geometry, Panel, energy_from_wavelength
+from storage.geometry import Geometry, Panel
 from storage.models import StreamHeader
+from storage.photons import energy_from_wavelength
 
 __all__ = [
     "CrystfelStreamWriter",

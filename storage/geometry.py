@@ -15,34 +15,14 @@ from pydantic import ValidationError
 
 from storage.errors import BadFrame
 from storage.models import DetectorHeader
+from storage.photons import energy_from_wavelength, wavelength_from_energy
 from storage.sensor import Sensor, absorption_of
 
-__all__ = [
-    "HC_EV_ANGSTROM",
-    "Geometry",
-    "Panel",
-    "energy_from_wavelength",
-    "override_detector",
-    "wavelength_from_energy",
-]
-
-# h c / e in eV Å, CODATA 2018 (exact by definition of the SI).
-HC_EV_ANGSTROM = 12398.419843320026
-
+__all__ = ["Geometry", "Panel", "override_detector"]
 
 log = logging.getLogger("nearline.geometry")
 
 _FLAT = Sensor()
-
-
-def wavelength_from_energy(energy_ev: float) -> float:
-    """Wavelength in Å of photons of an energy in eV."""
-    return HC_EV_ANGSTROM / energy_ev
-
-
-def energy_from_wavelength(wavelength_angstrom: float) -> float:
-    """Energy in eV of photons of a wavelength in Å."""
-    return HC_EV_ANGSTROM / wavelength_angstrom
 
 
 def override_detector(detector: DetectorHeader, values: Mapping[str, float | None]) -> DetectorHeader:

@@ -36,8 +36,9 @@ import numpy as np
 
 from storage.codec import Buffer, check_blob
 from storage.errors import BadFrame, IndexConflict, OutputExists, ShapeMismatch, StorageFull
-from storage.geometry import Geometry, Panel, energy_from_wavelength
+from storage.geometry import Geometry, Panel
 from storage.models import DetectorHeader, RunHeader, StreamHeader
+from storage.photons import energy_from_wavelength
 
 __all__ = ["DATA_PATH", "MASK_PATH", "Beamline", "NxmxWriter", "OutputExists"]
 

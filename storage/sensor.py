@@ -9,6 +9,7 @@ import gemmi
 import numpy as np
 
 from storage.errors import BadFrame
+from storage.photons import energy_from_wavelength
 
 __all__ = ["Sensor", "absorption_of"]
 
@@ -19,7 +20,6 @@ _MATERIALS = {
     "GaAs": (2.213e-2, (31, 33)),
 }
 _CLASSICAL_ELECTRON_RADIUS = 2.8179403e-5  # Å
-_EV_ANGSTROM = 12398.4198
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,6 @@ def absorption_of(material: str, wavelength: float) -> float:
             "for no parallax"
         )
     density, atoms = _MATERIALS[material]
-    energy = _EV_ANGSTROM / wavelength
+    energy = energy_from_wavelength(wavelength)
     f_double_prime = sum(gemmi.cromer_liberman(z=z, energy=energy)[1] for z in atoms)
     return float(2 * _CLASSICAL_ELECTRON_RADIUS * wavelength * f_double_prime * density * 1e10)

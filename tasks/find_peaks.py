@@ -91,10 +91,6 @@ class PeakParams:
             max_res=self.max_res / factor,
         )
 
-    def with_threshold(self, threshold: float) -> "PeakParams":
-        """The same search with another lower bound, counts."""
-        return replace(self, threshold=threshold)
-
 
 class PeakFinder:
     """Peak search prepared for one detector and mask.

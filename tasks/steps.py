@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from storage import codec as codec_module
 from storage import geometry as geometry_module
+from storage import photons, sensor
 from storage.codec import encode
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
@@ -139,7 +140,7 @@ class Step:
 
 
 # What every step is computed with, whatever its kernel.
-_SHARED = (sys.modules[__name__], chunk_frames, bin_frames, geometry_module, codec_module)
+_SHARED = (sys.modules[__name__], chunk_frames, bin_frames, geometry_module, sensor, photons, codec_module)
 
 
 def library_versions() -> dict[str, str]:

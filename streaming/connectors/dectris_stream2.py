@@ -14,9 +14,9 @@ import numpy as np
 
 from storage.codec import CODECS, decode
 from storage.errors import BadFrame, BadMessage, ProtocolError
-from storage.geometry import energy_from_wavelength, wavelength_from_energy
 from storage.models import MOST_PLANNED, DetectorHeader, SeriesHeader
 from storage.names import check_name
+from storage.photons import energy_from_wavelength, wavelength_from_energy
 from streaming.connectors.cbor_view import Tag, decode_view
 
 __all__ = ["EncodedArray", "EndMessage", "ImageMessage", "StartMessage", "parse_message"]

@@ -13,8 +13,8 @@ import numpy as np
 from blake3 import blake3
 
 from storage.errors import BadFrame, NearlineError, ShapeMismatch
-from storage.geometry import energy_from_wavelength
 from storage.models import DetectorHeader
+from storage.photons import energy_from_wavelength
 from streaming.replay.series import ReplayFrame, ReplaySeries, mark_masked
 
 __all__ = ["CBF_ENDINGS", "open_cbf", "parse_cbf_header"]

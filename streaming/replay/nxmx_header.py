@@ -6,8 +6,8 @@ import h5py
 import numpy as np
 
 from storage.errors import BadFrame, ShapeMismatch
-from storage.geometry import energy_from_wavelength, wavelength_from_energy
 from storage.models import DetectorHeader
+from storage.photons import energy_from_wavelength, wavelength_from_energy
 
 __all__ = ["detector_group", "entry_of", "read_nxmx_header", "read_pixel_mask"]
 

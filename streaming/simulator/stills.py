@@ -17,8 +17,9 @@ import numpy as np
 from scipy.special import erf, gammaln
 
 from storage.errors import BadFrame, ShapeMismatch
-from storage.geometry import Geometry, wavelength_from_energy
+from storage.geometry import Geometry
 from storage.models import DetectorHeader
+from storage.photons import wavelength_from_energy
 from streaming.simulator.crystal import Reflections, SimulatedCrystal
 
 __all__ = [

@@ -56,6 +56,13 @@ def test_task_runs_name_run_and_frames(flow_run):
     assert all("lyso/1" in name for name in names)
 
 
+def test_tasks_do_not_log_what_their_state_says(prefect_server, flow_run):
+    """Each line of a task's log costs the server as much as a state."""
+    lines = ask(prefect_server, "/logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run[1]["id"]]}}})
+    assert lines, "the flow's own lines are there"
+    assert [line for line in lines if line["task_run_id"] and "Finished in state" in line["message"]] == []
+
+
 def test_provenance_names_the_task_runs_of_each_chunk(flow_run):
     summary, _, task_runs, _ = flow_run
     folder = Path(summary["files"]["nexus"]).parents[1]

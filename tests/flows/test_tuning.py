@@ -15,6 +15,7 @@ from storage.errors import BadRecipe
 from streaming.retrieval import open_run
 from streaming.simulator import StillPhysics, StillSimulator
 from tasks.find_peaks import PeakFinder, PeakParams
+from tasks.recipe import load_recipe
 from tasks.tune_peaks import hit_cut
 from tests.flows.stored_runs import store_run
 
@@ -121,6 +122,13 @@ def test_too_few_frames_are_refused(faulty):
     run, *_ = faulty
     with pytest.raises(BadRecipe, match="5 frames are too few"):
         tune(run, n_frames=5)
+
+
+def test_a_search_on_binned_frames_is_refused(faulty):
+    run, *_ = faulty
+    steps = [{"use": "bin", "params": {"factor": 2, "feed_next": True}}, {"use": "find_peaks"}]
+    with pytest.raises(BadRecipe, match="searches binned frames"):
+        tune(run, recipe=load_recipe({"steps": steps}))
 
 
 @pytest.mark.parametrize(

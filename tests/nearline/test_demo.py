@@ -13,9 +13,7 @@ import pytest
 
 import nearline
 from storage.stream_source import state_of
-
-DATA = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-STILLS = DATA / "thaumatin-pilatus3-6m"
+from tests.real_data import THAUMATIN, needs_thaumatin
 
 
 def _hear_interrupts() -> None:
@@ -65,10 +63,10 @@ def test_simulated_run_travels_the_whole_way(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-@pytest.mark.skipif(not STILLS.exists(), reason=f"real stills are not at {STILLS}; set NEARLINE_TEST_DATA")
+@needs_thaumatin
 def test_real_stills_index(tmp_path):
     cell = ["--cell", "58.4,58.4,152.3,90,90,90", "--space-group", "P 41 21 2"]
-    process = demo(tmp_path, "--real", str(STILLS), *cell, "--json")
+    process = demo(tmp_path, "--real", str(THAUMATIN), *cell, "--json")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])

@@ -1,9 +1,7 @@
 """`nearline find-cell` and `nearline.find_cell`: a simulated run, real stills, and what has no cell."""
 
 import json
-import os
 import time
-from pathlib import Path
 
 import fabio
 import numpy as np
@@ -23,10 +21,9 @@ from streaming.simulator import SimulatorSettings, simulate
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.recipe import load_recipe
 from tasks.unit_cell import read_cell
+from tests.real_data import THAUMATIN, needs_thaumatin
 
 N_FRAMES = 16
-DATA = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-THAUMATIN = DATA / "thaumatin-pilatus3-6m"
 
 
 def take_run(folder, **options):
@@ -106,6 +103,17 @@ def test_a_processing_that_is_not_there(run):
         nearline.find_cell(run, processing="p77")
 
 
+@pytest.mark.parametrize("error", [0.9, 1.1])
+def test_a_wrong_distance_gives_no_cell(run, error):
+    """All edges of such a cell are wrong by as much, so that it would look right."""
+    at = nearline.open(run)["eiger"].header.detector.detector_distance
+    recipe = {"steps": [{"use": "find_peaks"}], "detector": {"detector_distance": error * at}}
+    summary = nearline.process(run, recipe, n_threads=2)
+    report = nearline.find_cell(run, processing=summary["processing"])
+    assert report["cell"] is None
+    assert "distance" in report["why"]
+
+
 def test_noise_is_not_given_a_cell():
     rng = np.random.default_rng(3)
     stills = [StillSpots(i, rng.uniform(-0.3, 0.3, (40, 3)) * [1, 1, 0.1], np.ones(40)) for i in range(4)]
@@ -119,7 +127,7 @@ def test_a_picture_also_where_there_is_no_cell(tmp_path):
     assert draw_cells(tmp_path / "none.png", CellReport(run="lyso/1")).stat().st_size > 1000
 
 
-@pytest.mark.skipif(not THAUMATIN.is_dir(), reason=f"no thaumatin frames at {THAUMATIN}; set NEARLINE_TEST_DATA")
+@needs_thaumatin
 def test_three_real_stills_give_the_published_cell_of_thaumatin():
     header = DetectorHeader(
         pixel_size_x=172e-6,

@@ -20,7 +20,8 @@ stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
 supervisor = Supervisor(dict(os.environ), Path(sys.argv[1]))
 for name, *command in json.loads(sys.argv[2]):
-    supervisor.start(Program(name, tuple(command), patience_s=20))
+    niceness = 7 if name == "nice" else 0
+    supervisor.start(Program(name, tuple(command), patience_s=20, niceness=niceness))
 while not stop.wait(0.05):
     for words in supervisor.look():
         print(words, flush=True)
@@ -132,6 +133,14 @@ def test_what_a_killed_worker_leaves_works_on_and_ends_with_us(supervise):
     assert is_running(orphan)
     supervised.stop()
     assert not is_running(orphan)
+
+
+def test_what_gives_way_runs_with_its_niceness_and_the_rest_without(supervise):
+    says = "import os, time; print(os.nice(0), flush=True); time.sleep(600)"
+    supervised = supervise(nice=says, usual=says)
+    supervised.wait_for(lambda found: len(found) == 2)
+    nice, usual = (first_number(supervised.logs / f"{name}.log") for name in ("nice", "usual"))
+    assert nice == min(usual + 7, 19)
 
 
 def test_all_end_when_the_supervisor_is_killed(supervise):

@@ -19,6 +19,7 @@ from storage.codec import encode
 from storage.errors import BadFrame, IndexConflict, OutputExists, ShapeMismatch, StorageFull
 from storage.models import DetectorHeader, RunHeader, SeriesHeader, StreamHeader
 from storage.nexus import DATA_PATH, MASK_PATH, Beamline, NxmxWriter
+from tests.real_data import THAUMATIN
 
 SHAPE = (64, 80)
 STARTED = datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)
@@ -36,8 +37,6 @@ DETECTOR = DetectorHeader(
     saturation_value=40000,
     flatfield_enabled=True,
 )
-DATA = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-STILLS = DATA / "thaumatin-pilatus3-6m"
 
 
 def make_header(dtype="uint16", codec="bslz4", detector=DETECTOR, shape=SHAPE, **more):
@@ -500,7 +499,7 @@ def test_dials_sees_the_same_pixels_and_geometry(tmp_path, layout):
 
 @pytest.fixture
 def still():
-    path = STILLS / "thau_3_2_0014.cbf.bz2"
+    path = THAUMATIN / "thau_3_2_0014.cbf.bz2"
     if not path.exists():
         pytest.skip(f"real data is absent: {path}; set NEARLINE_TEST_DATA to the folder that has it")
     return path

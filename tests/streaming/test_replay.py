@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import os
 import shutil
 import threading
 from pathlib import Path
@@ -18,14 +17,9 @@ from storage.codec import decode, encode
 from storage.errors import BadFrame, RunNotFound, ShapeMismatch
 from streaming.replay import parse_cbf_header, read_files, replay
 from streaming.simulator import SenderSettings
+from tests.real_data import THAUMATIN, needs_thaumatin
 
 from .dectris_client import Receiver
-
-DATA = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-THAUMATIN = DATA / "thaumatin-pilatus3-6m"
-needs_thaumatin = pytest.mark.skipif(
-    not THAUMATIN.is_dir(), reason=f"no thaumatin frames at {THAUMATIN}; set NEARLINE_TEST_DATA to the data folder"
-)
 
 SHAPE = (24, 40)
 BSLZ4 = dict(hdf5plugin.Bitshuffle(cname="lz4"))

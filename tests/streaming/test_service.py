@@ -23,6 +23,7 @@ from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.service import Service
 from streaming.wire import ListRuns
+from tests.real_data import DATA
 
 from .harness import (
     ServiceProcess,
@@ -40,8 +41,7 @@ from .harness import (
 )
 from .test_dectris_sender import lz4_blob
 
-CAPTURE = Path(os.environ.get("NEARLINE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-CAPTURE = CAPTURE / "eiger2-16m-stream-v2"
+CAPTURE = DATA / "eiger2-16m-stream-v2"
 
 
 def stored(stream) -> dict[int, bytes]:

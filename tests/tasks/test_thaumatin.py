@@ -24,9 +24,8 @@ from tasks.index_frame import Indexer
 from tasks.integrate_spots import IntegrationParams, integrate_spots
 from tasks.predict_spots import crystal_resolution, predict_spots, profile_radius
 from tasks.unit_cell import UnitCell, hkl_symmetry_ops, same_orientation
+from tests.real_data import THAUMATIN, needs_thaumatin
 
-ROOT = Path(__file__).parents[2]
-FOLDER = Path(os.environ.get("NEARLINE_TEST_DATA", ROOT.parent / "shared" / "data")) / "thaumatin-pilatus3-6m"
 REFERENCE = Path(__file__).parent / "data" / "thaumatin_0005_dials.csv"
 CELL = UnitCell(58.4, 58.4, 152.3, 90, 90, 90, "P 41 21 2")
 HEADER = DetectorHeader(
@@ -39,13 +38,11 @@ HEADER = DetectorHeader(
     saturation_value=115897,
 )
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"thaumatin stills not found in {FOLDER}; set NEARLINE_TEST_DATA"
-)
+pytestmark = needs_thaumatin
 
 
 def still(number):
-    frame = fabio.open(str(FOLDER / f"thau_3_2_{number}.cbf.bz2")).data.astype(np.int32)
+    frame = fabio.open(str(THAUMATIN / f"thau_3_2_{number}.cbf.bz2")).data.astype(np.int32)
     # -1 is a gap, -2 a bad pixel
     return frame, frame < 0, Geometry.from_header(HEADER, frame.shape)
 
@@ -158,7 +155,7 @@ def test_hand_and_indices_agree_with_dials_run_now(number, tmp_path):
 
 def dials_indices(number, folder):
     """hkl (n, 3), x, y (n,) px of the spots that DIALS indexes in a still."""
-    (folder / "still_0001.cbf").write_bytes(decompress((FOLDER / f"thau_3_2_{number}.cbf.bz2").read_bytes()))
+    (folder / "still_0001.cbf").write_bytes(decompress((THAUMATIN / f"thau_3_2_{number}.cbf.bz2").read_bytes()))
     (folder / "stills.phil").write_text(STILLS_PROCESS)
     # DIALS imports this FEL module for stills, and Debian does not ship it; empty is enough.
     (folder / "stub").mkdir()

@@ -3,11 +3,13 @@
 import ctypes
 import gc
 import os
+import re
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["begin_with_huge_pages", "collect_rarely", "keep_freed_memory"]
+__all__ = ["begin_with_huge_pages", "collect_rarely", "keep_freed_memory", "let_go_of_code"]
 
 # mallopt's parameters (malloc.h of glibc).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -18,6 +20,9 @@ _ARENAS = 2
 _TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 _HAS_BEGUN = "NEARLINE_HUGE_PAGES"
 _KERNEL_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_MAPS = Path("/proc/self/smaps")
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +(\S.*)")
+_MADV_DONTNEED = 4
 # New objects between two looks for cycles, and looks at the young between two at older ones (Python: 700, 10, 10).
 _COLLECT = (20_000, 20, 20)
 
@@ -72,3 +77,29 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_COLLECT)
+
+
+def let_go_of_code(library: str) -> None:
+    """Have the kernel take back the pages of a library's code, which will hardly be run again; by part of its name.
+
+    They are read again from the file when somebody does run it. Numba's compiler holds 50 MB of a service's memory
+    once it has loaded what it had compiled before. Elsewhere than on Linux nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    with suppress(OSError):
+        for start, stop in _code_of(library):
+            madvise(start, stop - start, _MADV_DONTNEED)
+
+
+def _code_of(library: str) -> Iterator[tuple[int, int]]:
+    """Addresses of its executable mappings that are as they are in the file, so that nothing is lost with them."""
+    start = stop = 0
+    for line in _MAPS.read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            found = _MAPPING.fullmatch(line)
+            start, stop = (int(found[1], 16), int(found[2], 16)) if found and library in found[3] else (0, 0)
+        elif stop and line.split()[:2] == ["Anonymous:", "0"]:
+            yield start, stop

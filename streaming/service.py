@@ -24,7 +24,7 @@ from storage.names import check_name
 from storage.upload import Uploader
 from streaming.connectors.eiger import EigerConnector
 from streaming.live_stream import StreamKey
-from streaming.memory import collect_rarely, keep_freed_memory
+from streaming.memory import collect_rarely, keep_freed_memory, let_go_of_code
 from streaming.metrics import ServiceMetrics, resident_bytes
 from streaming.outbox import Outbox
 from streaming.recorder import Recorder
@@ -148,7 +148,7 @@ class Service:
         if self._uploader is not None:
             self._uploader.resume(self._root)
         # Numba takes a while to import; the first frames are checked without it.
-        self._kernels = threading.Thread(target=use_compiled_kernels, name="kernels", daemon=True)
+        self._kernels = threading.Thread(target=_load_kernels, name="kernels", daemon=True)
         self._kernels.start()
         self._stack.callback(self._kernels.join)
         self._server.start()
@@ -235,6 +235,11 @@ def serve_until_signal(settings: ServiceSettings, ready: Any = None) -> None:
         collect_rarely()
         sys.setswitchinterval(_SWITCH_S)
         stop.wait()
+
+
+def _load_kernels() -> None:
+    if use_compiled_kernels():
+        let_go_of_code("llvmlite")
 
 
 @contextmanager

@@ -63,3 +63,27 @@ def test_cycles_are_still_found() -> None:
     program = f"from streaming.memory import collect_rarely; {program}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "True"]
+
+
+_COMPILER = """
+from pathlib import Path
+import numba
+from streaming.memory import let_go_of_code
+
+def resident():
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssFile"].split()[0]) // 1024
+
+compiled = numba.njit(lambda a: a + 1)
+assert compiled(1) == 2
+before = resident()
+let_go_of_code("llvmlite")
+print(before - resident())
+assert numba.njit(lambda a: a + 2.0)(1) == 3.0, "the compiler is read again and works"
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can be asked")
+def test_a_compiler_that_is_let_go_of_takes_no_memory_and_still_compiles() -> None:
+    done = subprocess.run([sys.executable, "-c", _COMPILER], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 20

@@ -4,60 +4,107 @@ A sum is only as good as its worst child, so one masked or saturated child marks
 pixel; the far edge that does not fill a pixel is trimmed.
 """
 
+import threading
+
 import numpy as np
 from numba import njit
 
 from storage.errors import BadFrame, ShapeMismatch
 from storage.models import DetectorHeader
 
-__all__ = ["MARKED", "bin_frame", "binned_header"]
+__all__ = ["MARKED", "Binner", "bin_frame", "binned_header"]
 
 # What a marked pixel reads as, so that it is masked also where the mask is not at hand.
 MARKED = np.iinfo(np.uint32).max
 
 
-def bin_frame(
-    frame: np.ndarray, mask: np.ndarray | None, factor: int, saturation: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sum blocks of ``factor`` x ``factor`` pixels.
+class Binner:
+    """Sums blocks of pixels of one detector's frames, from any thread.
 
     Parameters
     ----------
-    frame : (slow, fast), counts; any integer dtype. A negative count (the gap and dead marks
-        of signed formats) is unusable, as is the largest value of an unsigned dtype.
-    mask : (slow, fast), nonzero where a pixel is unusable; None for none.
+    mask : (slow, fast), nonzero where a pixel is unusable.
     factor : pixels per edge, at least 1.
     saturation : largest trustworthy count of an unbinned pixel; None when it has none.
 
-    Returns
-    -------
-    sums : (slow // factor, fast // factor) uint32, counts; the largest uint32 where marked.
-    marked : same shape, uint8, 1 where a child was masked or saturated, or the sum overflows.
+    Attributes
+    ----------
+    mask : (slow // factor, fast // factor) uint8, nonzero where a child is masked: marked in every frame.
 
     Raises
     ------
-    BadFrame : not a 2-D integer frame, or the factor does not fit into it.
-    ShapeMismatch : frame and mask differ.
+    BadFrame : the factor does not fit into the frames.
     """
-    frame = np.ascontiguousarray(frame)
+
+    def __init__(self, mask: np.ndarray, factor: int, saturation: int | None = None) -> None:
+        if not 1 <= factor <= min(mask.shape):
+            raise BadFrame(f"binning factor {factor} does not fit shape {mask.shape}; use 1 to {min(mask.shape)}")
+        self.factor, self._saturation, self._whole_shape = factor, saturation, mask.shape
+        self._of_thread = threading.local()
+        self.mask = np.zeros((mask.shape[0] // factor, mask.shape[1] // factor), np.uint8)
+        n_masked, _ = self._sum((mask != 0).view(np.uint8), 1)
+        self.mask = (n_masked != 0).view(np.uint8)
+
+    def __call__(self, frame: np.ndarray) -> tuple[np.ndarray, int]:
+        """Sum the blocks of a frame.
+
+        Parameters
+        ----------
+        frame : (slow, fast), counts; any integer dtype. A negative count (the gap and dead marks
+            of signed formats) is unusable, as is the largest value of an unsigned dtype.
+
+        Returns
+        -------
+        sums : (slow // factor, fast // factor) uint32, counts; `MARKED` where a child was masked or
+            saturated, or the sum overflows. In memory that this thread's next call fills anew.
+        total : counts of all that is not marked.
+
+        Raises
+        ------
+        BadFrame : not a 2-D integer frame. ShapeMismatch : not of the mask's shape.
+        """
+        frame = np.ascontiguousarray(frame)
+        if frame.ndim != 2 or frame.dtype.kind not in "ui":
+            raise BadFrame(f"cannot bin {frame.dtype} of shape {frame.shape}; give a 2-D frame of integer counts")
+        if frame.shape != self._whole_shape:
+            raise ShapeMismatch(
+                f"mask {self._whole_shape} and frame {frame.shape} differ; use the mask of this detector"
+            )
+        return self._sum(frame, _largest_usable(frame.dtype, self._saturation))
+
+    def _sum(self, frame: np.ndarray, largest: int) -> tuple[np.ndarray, int]:
+        sums, columns, top = self._memory(frame.dtype)
+        # A negative count, read as unsigned, is above all that can be trusted.
+        counts = frame.view(top.dtype)
+        return sums, int(_bin(counts, self.mask, self.factor, top.dtype.type(largest), columns, top, sums))
+
+    def _memory(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """This thread's sums, and room for the sums and the largest counts of a row of blocks."""
+        memory = getattr(self._of_thread, "memory", None)
+        unsigned = np.dtype(f"u{dtype.itemsize}")
+        if memory is None or memory[2].dtype != unsigned:
+            # Narrow where they fit, since more of them are added at a time.
+            wide = np.uint32 if dtype.itemsize <= 2 and self.factor <= 256 else np.uint64
+            width = self.mask.shape[1] * self.factor
+            memory = np.empty(self.mask.shape, np.uint32), np.empty((2, width), wide), np.empty((2, width), unsigned)
+            self._of_thread.memory = memory
+        return memory
+
+
+def bin_frame(
+    frame: np.ndarray, mask: np.ndarray | None, factor: int, saturation: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum blocks of a single frame, as `Binner` does.
+
+    Returns
+    -------
+    sums : (slow // factor, fast // factor) uint32, counts; `MARKED` where marked.
+    marked : same shape, uint8, 1 where a child was masked or saturated, or the sum overflows.
+    """
     if frame.ndim != 2 or frame.dtype.kind not in "ui":
         raise BadFrame(f"cannot bin {frame.dtype} of shape {frame.shape}; give a 2-D frame of integer counts")
-    if not 1 <= factor <= min(frame.shape):
-        raise BadFrame(f"binning factor {factor} does not fit shape {frame.shape}; use 1 to {min(frame.shape)}")
-    if mask is not None and mask.shape != frame.shape:
-        raise ShapeMismatch(f"mask {mask.shape} and frame {frame.shape} differ; use the mask of this detector")
-    unusable = np.zeros((0, frame.shape[1]), np.uint8) if mask is None else _as_bytes(mask)
-    shape = frame.shape[0] // factor, frame.shape[1] // factor
-    sums, marked = np.empty(shape, np.uint32), np.empty(shape, np.uint8)
-    # Sums of a column's pixels; narrow where they fit, since more of them are added at a time.
-    columns = np.empty(frame.shape[1], np.uint32 if frame.dtype.itemsize <= 2 and factor <= 256 else np.int64)
-    _bin(frame, unusable, factor, frame.dtype.type(_largest_usable(frame.dtype, saturation)), columns, sums, marked)
-    return sums, marked
-
-
-def _as_bytes(mask: np.ndarray) -> np.ndarray:
-    """Nonzero where unusable; a mask of bytes is taken as it is."""
-    return np.ascontiguousarray(mask if mask.dtype == np.uint8 else (mask != 0).view(np.uint8))
+    sums, _ = Binner(np.zeros(frame.shape, np.uint8) if mask is None else mask, factor, saturation)(frame)
+    return sums, (sums == MARKED).view(np.uint8)
 
 
 def binned_header(detector: DetectorHeader, factor: int) -> DetectorHeader:
@@ -84,42 +131,65 @@ def _largest_usable(dtype: np.dtype, saturation: int | None) -> int:
 
 
 @njit(cache=True, nogil=True)
-def _bin(frame, mask, factor, largest, columns, sums, marked):
-    """Down the columns first, many at a time; then along them."""
-    width = sums.shape[1] * factor
-    bad = np.empty(width, np.uint8)
+def _bin(frame, mask, factor, largest, columns, top, sums):
+    """Down the columns first, then along them, many at a time. Returns the total of what is not marked.
+
+    columns, top : two rows each, the second of them to halve into.
+    """
+    total = np.int64(0)
     for i in range(sums.shape[0]):
-        columns[:], bad[:] = 0, 0
-        for y in range(i * factor, (i + 1) * factor):
-            _add_row(frame[y, :width], largest, columns, bad)
-            if mask.shape[0]:
-                _add_mask(mask[y, :width], bad)
-        _add_columns(columns, bad, factor, sums[i], marked[i])
+        _take_row(frame[i * factor, : columns.shape[1]], columns[0], top[0])
+        for y in range(i * factor + 1, (i + 1) * factor):
+            _add_row(frame[y, : columns.shape[1]], columns[0], top[0])
+        at, rest, n = 0, factor, columns.shape[1]
+        while rest % 2 == 0:
+            rest, n = rest // 2, n // 2
+            _halve(columns[at], top[at], columns[1 - at, :n], top[1 - at, :n])
+            at = 1 - at
+        if rest > 1:
+            n //= rest
+            _gather(columns[at], top[at], rest, columns[1 - at, :n], top[1 - at, :n])
+            at = 1 - at
+        total += _finish(columns[at], top[at], mask[i], largest, sums[i])
+    return total
 
 
 @njit(cache=True, nogil=True)
-def _add_row(row, largest, columns, bad):
+def _take_row(row, columns, top):
     for x in range(row.size):
-        v = row[x]
-        bad[x] |= (v < 0) | (v > largest)
-        columns[x] += v
+        columns[x] = row[x]
+        top[x] = row[x]
 
 
 @njit(cache=True, nogil=True)
-def _add_mask(row, bad):
+def _add_row(row, columns, top):
     for x in range(row.size):
-        bad[x] |= row[x]
+        columns[x] += row[x]
+        top[x] = max(top[x], row[x])
 
 
 @njit(cache=True, nogil=True)
-def _add_columns(columns, bad, factor, sums, marked):
-    at = 0
-    for j in range(sums.size):
-        total, is_bad = np.int64(0), np.uint8(0)
-        for _ in range(factor):
-            total += columns[at]
-            is_bad |= bad[at]
-            at += 1
-        fits = is_bad == 0 and total < MARKED
-        marked[j] = 0 if fits else 1
-        sums[j] = np.uint32(total) if fits else MARKED
+def _halve(columns, top, half_columns, half_top):
+    for x in range(half_columns.size):
+        half_columns[x] = columns[2 * x] + columns[2 * x + 1]
+        half_top[x] = max(top[2 * x], top[2 * x + 1])
+
+
+@njit(cache=True, nogil=True)
+def _gather(columns, top, n, fewer_columns, fewer_top):
+    for x in range(fewer_columns.size):
+        counts, highest = columns[n * x], top[n * x]
+        for at in range(n * x + 1, n * (x + 1)):
+            counts += columns[at]
+            highest = max(highest, top[at])
+        fewer_columns[x], fewer_top[x] = counts, highest
+
+
+@njit(cache=True, nogil=True)
+def _finish(columns, top, mask, largest, sums):
+    total = np.int64(0)
+    for x in range(sums.size):
+        fits = (mask[x] == 0) & (top[x] <= largest) & (columns[x] < MARKED)
+        sums[x] = columns[x] if fits else MARKED
+        total += columns[x] if fits else 0
+    return total

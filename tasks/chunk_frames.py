@@ -15,7 +15,7 @@ from storage.errors import ShapeMismatch
 from storage.frame import RawFrame
 from storage.geometry import Geometry
 from storage.models import DetectorHeader, StreamHeader
-from tasks.bin_frames import bin_frame, binned_header
+from tasks.bin_frames import Binner, binned_header
 
 __all__ = ["ChunkFrames", "usable_mask"]
 
@@ -62,10 +62,7 @@ class ChunkFrames:
     @cached_property
     def mask(self) -> np.ndarray:
         """(slow, fast), nonzero where a pixel of the frames as steps see them must not be used."""
-        if self.binning == 1:
-            return self.detector_mask
-        empty = np.zeros(self.detector_mask.shape, np.uint16)
-        return bin_frame(empty, self.detector_mask, self.binning)[1]
+        return self.detector_mask if self.binning == 1 else self._binner.mask
 
     @property
     def detector(self) -> DetectorHeader:
@@ -96,19 +93,29 @@ class ChunkFrames:
 
     def data(self, position: int) -> np.ndarray:
         """The frame at a position in the chunk as steps see it; unusable pixels hold the dtype's maximum."""
-        frame = self.unbinned(position)
-        if self.binning == 1:
-            return frame
-        return bin_frame(frame, self.detector_mask, self.binning, self.saturation_value)[0]
+        return self.unbinned(position) if self.binning == 1 else self.borrowed(position).copy()
 
     def borrowed(self, position: int) -> np.ndarray:
-        """As `data`, in memory that this thread's next call fills anew: fresh pages for each large frame cost more than
-        decoding into old ones.
+        """As `data`, to read only, in memory that this thread's next call fills anew.
+
+        Fresh pages for each large frame cost more than decoding into old ones; and steps that look at one frame in turn
+        have it decoded once.
         """
-        if self.binning > 1:
-            return self.data(position)
-        header = self.header
-        return decode_into(self.frames[position].blob, _memory_of_thread(header.shape, header.dtype), header.codec)
+        frame = self.borrowed_unbinned(position)
+        return frame if self.binning == 1 else self._binner(frame)[0]
+
+    def borrowed_unbinned(self, position: int) -> np.ndarray:
+        """As `unbinned`, on the terms of `borrowed`."""
+        raw, header = self.frames[position], self.header
+        if getattr(_of_thread, "decoded", None) is not raw:
+            _of_thread.decoded = None  # in case it does not decode
+            decode_into(raw.blob, _memory_of_thread(header.shape, header.dtype), header.codec)
+            _of_thread.decoded = raw
+        return _memory_of_thread(header.shape, header.dtype)
+
+    @cached_property
+    def _binner(self) -> Binner:
+        return Binner(self.detector_mask, self.binning, self.saturation_value)
 
     def map(self, function: Callable[[int], T]) -> list[T]:
         """``function(position)`` for each frame, spread over threads; results in index order."""

@@ -239,15 +239,19 @@ def _as_limits(upper: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.clip(np.floor(upper), float(info.min), highest).astype(dtype)
 
 
-def _least_of_ranges(limit: np.ndarray) -> np.ndarray:
+@njit(cache=True, nogil=True)
+def _least_of_ranges(limit):
     """(levels, n): the least of 2^level limits from each on; two cover any range of some `_PIECE` rings."""
-    levels = [limit]
-    while (step := 1 << (len(levels) - 1)) <= _PIECE:
-        last = levels[-1]
-        levels.append(
-            np.minimum(last, np.concatenate([last[step:], np.repeat(last[-1:], min(step, len(last)))])[: len(last)])
-        )
-    return np.stack(levels)
+    n_levels = 1
+    while (1 << (n_levels - 1)) <= _PIECE:
+        n_levels += 1
+    least = np.empty((n_levels, limit.size), limit.dtype)
+    least[0] = limit
+    for level in range(1, n_levels):
+        step = 1 << (level - 1)
+        for i in range(limit.size):
+            least[level, i] = min(least[level - 1, i], least[level - 1, min(i + step, limit.size - 1)])
+    return least
 
 
 def _as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:

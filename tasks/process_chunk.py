@@ -112,9 +112,10 @@ def process_chunk(
     """
     plan = plan_steps(recipe, commit, header, mask) if plan is None else plan
     work = _Work(recipe, plan, StepStore(run_folder), lambda: _chunk(frames(), header, mask, commit, n_threads))
-    for planned in plan:
-        if steps is None or planned.spec.name in steps:
-            work.carry_out(planned)
+    wanted = [one for one in plan if steps is None or one.spec.name in steps]
+    work.look_at_frames([one for one in wanted if one.step.frame_work is not None])
+    for planned in wanted:
+        work.carry_out(planned)
     elsewhere = seconds or {}
     took = {name: work.seconds.get(name) or elsewhere.get(name, 0.0) for name in (one.spec.name for one in plan)}
     tables = {one.spec.name: work.tables_of(one) for one in plan if steps is None or one.spec.name in steps}
@@ -136,18 +137,35 @@ class _Work:
         """Have the step's output in the store."""
         started = time.perf_counter()
         if self.store.find(planned.digest) is not None:
-            self.seconds[planned.spec.name] = 0.0
+            self.seconds.setdefault(planned.spec.name, 0.0)
             return
-        use_compiled_kernels()
-        if self._chunk is None:
-            self._chunk = self.make_chunk()
         before = self._before(planned)
-        chunk = _as_seen(self._chunk, planned.binning, before)
+        chunk = self._as_seen(planned, before)
         step, spec = planned.step, planned.spec
         self.store.save(
             planned.digest, planned.key, step.run(chunk, _params(step, spec), _cell(step, self.recipe), before)
         )
         self.seconds[spec.name] = time.perf_counter() - started
+
+    def look_at_frames(self, planned: Sequence[PlannedStep]) -> None:
+        """Have the outputs in the store of steps that want nothing but frames: each frame is decoded once for all.
+
+        What a step took is its own calls' time over the threads; the first has the decoding.
+        """
+        missing = [one for one in planned if self.store.find(one.digest) is None]
+        if len(missing) < 2:
+            return
+        seen = [self._as_seen(one, {}) for one in missing]
+        works = [
+            one.step.frame_work(chunk, _params(one.step, one.spec))  # type: ignore[misc]
+            for one, chunk in zip(missing, seen, strict=True)
+        ]
+        results = seen[0].map(lambda position: [_timed(work.each, position) for work in works])
+        for number, (one, work) in enumerate(zip(missing, works, strict=True)):
+            started = time.perf_counter()
+            self.store.save(one.digest, one.key, work.gather([made[number][0] for made in results]))
+            in_threads = sum(made[number][1] for made in results) / max(1, min(seen[0].n_threads, len(results)))
+            self.seconds[one.spec.name] = in_threads + time.perf_counter() - started
 
     def tables_of(self, planned: PlannedStep) -> Tables:
         """What a step has made; it is made first if it is not there any more."""
@@ -158,9 +176,20 @@ class _Work:
         assert found is not None, "a step's output is there once it has been saved"
         return found
 
+    def _as_seen(self, planned: PlannedStep, before: Mapping[str, Tables]) -> ChunkFrames:
+        use_compiled_kernels()
+        if self._chunk is None:
+            self._chunk = self.make_chunk()
+        return _as_seen(self._chunk, planned.binning, before)
+
     def _before(self, planned: PlannedStep) -> dict[str, Tables]:
         earlier = self.plan[: self.plan.index(planned)]
         return {one.spec.name: self.tables_of(one) for one in earlier}
+
+
+def _timed(work: Callable[[int], Any], position: int) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return work(position), time.perf_counter() - started
 
 
 def code_digest(recipe: Recipe) -> str:

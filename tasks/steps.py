@@ -34,7 +34,7 @@ from storage.step_store import Tables
 from tasks import bin_frames, chunk_frames, find_peaks, index_frame, ring_statistics, unit_cell
 from tasks import integrate_spots as integrate_spots_module
 from tasks import predict_spots as predict_spots_module
-from tasks.bin_frames import bin_frame
+from tasks.bin_frames import Binner
 from tasks.chunk_frames import ChunkFrames
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Crystal, Indexer, IndexParams
@@ -46,6 +46,7 @@ __all__ = [
     "STEPS",
     "BinParams",
     "FindPeaksParams",
+    "FrameWork",
     "Step",
     "crystal_matrix",
     "find_function",
@@ -100,17 +101,30 @@ class IntegrateParams(IntegrationParams):
 
 
 @dataclass(frozen=True)
+class FrameWork:
+    """What a step does that looks at each frame by itself.
+
+    each : of a position in the chunk, from any thread. gather : of all that ``each`` returned, in order, the tables.
+    """
+
+    each: Callable[[int], Any]
+    gather: Callable[[list[Any]], Tables]
+
+
+@dataclass(frozen=True)
 class Step:
     """One of our steps.
 
     run : (chunk, params, cell, upstream) → tables. kernels : modules whose source is part of
-    the step's identity.
+    the step's identity. frame_work : (chunk, params) → the same, for steps that want nothing but
+    the frames; neighbours of this kind are carried out together, frame by frame.
     """
 
     params: type
     run: Callable[[ChunkFrames, Any, UnitCell | None, Upstream], Tables]
     kernels: tuple[ModuleType, ...]
     needs_cell: bool = False
+    frame_work: Callable[[ChunkFrames, Any], FrameWork] | None = None
 
     def read_params(self, given: Mapping[str, Any]) -> Any:
         """The step's parameters from what a recipe says; ValueError names what it does not know."""
@@ -143,8 +157,9 @@ class Step:
 _SHARED = (sys.modules[__name__], chunk_frames, bin_frames, geometry_module, sensor, photons, codec_module)
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
-    """Versions of what computes numbers."""
+    """Versions of what computes numbers; read once, which takes ten milliseconds."""
     return {
         "bitshuffle": version("bitshuffle"),
         "numpy": version("numpy"),
@@ -259,34 +274,40 @@ def _column(values: np.ndarray, n_rows: int, what: str) -> Any:
 # ---- ours -------------------------------------------------------------------------------------
 
 
-def run_bin(chunk: ChunkFrames, params: BinParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+def bin_work(chunk: ChunkFrames, params: BinParams) -> FrameWork:
     """Sum n x n pixels of each frame; ``binned`` holds each frame as bslz4 uint32."""
+    binner = Binner(chunk.detector_mask, params.factor, chunk.saturation_value)
 
     def one(position: int) -> tuple[bytes, int]:
-        frame = chunk.unbinned(position)
-        sums, marked = bin_frame(frame, chunk.detector_mask, params.factor, chunk.saturation_value)
-        return encode(sums), int(sums[marked == 0].sum(dtype=np.int64))
+        sums, total = binner(chunk.borrowed_unbinned(position))
+        return encode(sums), total
 
-    results = chunk.map(one)
-    index = chunk.frame_index
-    return {
-        "frames": pa.table({"frame_index": index, "total_counts": np.array([t for _, t in results], np.int64)}),
-        "binned": pa.table({"frame_index": index, "blob": pa.array([b for b, _ in results], pa.binary())}),
-    }
+    def gather(results: list[tuple[bytes, int]]) -> Tables:
+        index = chunk.frame_index
+        return {
+            "frames": pa.table({"frame_index": index, "total_counts": np.array([t for _, t in results], np.int64)}),
+            "binned": pa.table({"frame_index": index, "blob": pa.array([b for b, _ in results], pa.binary())}),
+        }
+
+    return FrameWork(one, gather)
 
 
-def run_find_peaks(chunk: ChunkFrames, params: FindPeaksParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+def find_peaks_work(chunk: ChunkFrames, params: FindPeaksParams) -> FrameWork:
     """Peaks of each frame, and whether it is a hit."""
     finder = _finder_for(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
-    tables = chunk.map(lambda position: _in_detector_px(finder(chunk.borrowed(position)), chunk))
-    n_peaks = np.array([len(t) for t in tables], np.int64)
-    peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
-    columns: dict[str, Any] = {"frame_index": np.repeat(chunk.frame_index, n_peaks)}
-    columns |= {name: np.ascontiguousarray(peaks[name]) for name in peaks.dtype.names or ()}
-    return {
-        "frames": pa.table({"frame_index": chunk.frame_index, "n_peaks": n_peaks, "hit": n_peaks >= params.min_peaks}),
-        "peaks": pa.table(columns),
-    }
+
+    def gather(tables: list[np.ndarray]) -> Tables:
+        n_peaks = np.array([len(t) for t in tables], np.int64)
+        peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
+        columns: dict[str, Any] = {"frame_index": np.repeat(chunk.frame_index, n_peaks)}
+        columns |= {name: np.ascontiguousarray(peaks[name]) for name in peaks.dtype.names or ()}
+        hit = n_peaks >= params.min_peaks
+        return {
+            "frames": pa.table({"frame_index": chunk.frame_index, "n_peaks": n_peaks, "hit": hit}),
+            "peaks": pa.table(columns),
+        }
+
+    return FrameWork(lambda position: _in_detector_px(finder(chunk.borrowed(position)), chunk), gather)
 
 
 _finders: OrderedDict[tuple[Geometry, str, PeakParams], PeakFinder] = OrderedDict()
@@ -552,9 +573,18 @@ _QUALITY_SCHEMA = pa.schema(
     + [(name, pa.int64()) for name in ("n_reflections", "n_masked", "n_saturated", "n_implausible")]
 )
 
+
+def _frame_step(params: type, begin: Callable[[ChunkFrames, Any], FrameWork], kernels: tuple[ModuleType, ...]) -> Step:
+    def run(chunk: ChunkFrames, params: Any, cell: UnitCell | None, upstream: Upstream) -> Tables:
+        work = begin(chunk, params)
+        return work.gather(chunk.map(work.each))
+
+    return Step(params, run, kernels, frame_work=begin)
+
+
 STEPS: dict[str, Step] = {
-    "bin": Step(BinParams, run_bin, (bin_frames,)),
-    "find_peaks": Step(FindPeaksParams, run_find_peaks, (find_peaks, ring_statistics)),
+    "bin": _frame_step(BinParams, bin_work, (bin_frames,)),
+    "find_peaks": _frame_step(FindPeaksParams, find_peaks_work, (find_peaks, ring_statistics)),
     "index": Step(IndexParams, run_index, (index_frame, unit_cell), needs_cell=True),
     "integrate": Step(
         IntegrateParams, run_integrate, (predict_spots_module, integrate_spots_module, unit_cell), needs_cell=True

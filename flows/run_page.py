@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from flows.charts import as_image, histogram, lines
+from flows.chunk_figures import figures_of_chunk, newest_table
 from flows.markdown_page import MarkdownPage
 from flows.run_processing import Progress
-from flows.run_warnings import N_RINGS, RING_WIDTH, ChunkFigures, warnings_of
+from flows.run_warnings import ChunkFigures, warnings_of
 from flows.step_columns import StepColumns
-from storage.geometry import Geometry
-from storage.models import DetectorHeader
 from storage.step_store import ChunkManifest, Processing, StepStore
 from streaming.retrieval import Run
 from tasks.recipe import Recipe
@@ -117,26 +115,18 @@ class RunPage:
             frames = self._store.read(chunk.steps[name], "frames")
             if frames is not None:
                 self._columns.take_in(frames)
-        tables = {name: self._table(chunk, name) for name in ("crystals", "crystal_quality", "peaks")}
-        crystals, quality, peaks = tables["crystals"], tables["crystal_quality"], tables["peaks"]
+        names = ("crystals", "crystal_quality", "peaks")
+        crystals, quality, peaks = (newest_table(self._store, chunk, name) for name in names)
         if crystals is not None:
             for name in _CELL_LENGTHS:
                 self._values.setdefault(name, []).append(crystals[name].to_numpy())
         if quality is not None:
             self._values.setdefault("resolution", []).append(quality["resolution"].to_numpy())
-        self._figures.append(
-            ChunkFigures(
-                chunk.start, chunk.stop, chunk.n_frames, chunk.n_hits, chunk.n_indexed, lag,
-                n_reflections=_total(quality, "n_reflections"), n_saturated=_total(quality, "n_saturated"),
-                **(_of_peaks(peaks, self._detector) if peaks is not None else {}),
-                **(_of_crystals(crystals, self._detector) if crystals is not None else {}),
-            )
-        )  # fmt: skip
+        figures = figures_of_chunk(
+            chunk, self._detector, crystals=crystals, quality=quality, peaks=peaks, lag_frames=lag
+        )
+        self._figures.append(figures)
         del self._figures[:-_MOST_CHUNKS]
-
-    def _table(self, chunk: ChunkManifest, name: str) -> pa.Table | None:
-        found = (self._store.read(digest, name) for digest in reversed(chunk.steps.values()))
-        return next((table for table in found if table is not None), None)
 
     def _newest(self, name: str) -> np.ndarray:
         """The newest values of all crystals, so many that a histogram does not change by more."""
@@ -227,29 +217,6 @@ class RunPage:
 
 def _percent(part: int, whole: int) -> float:
     return 100 * part / whole if whole else float("nan")
-
-
-def _total(table: pa.Table | None, name: str) -> int:
-    return int(table[name].to_numpy().sum()) if table is not None else 0
-
-
-def _of_peaks(peaks: pa.Table, detector: DetectorHeader) -> dict[str, Any]:
-    """What warnings rest on, of a chunk's peaks; rings only where the geometry is known."""
-    found: dict[str, Any] = {"n_peaks": len(peaks)}
-    if len(peaks):
-        found["background"] = float(np.median(peaks["background"].to_numpy()))
-    if len(peaks) and detector.detector_distance and (detector.incident_wavelength or detector.incident_energy):
-        geometry = Geometry.from_header(detector, (1, 1))
-        q = np.linalg.norm(geometry.scattering_vector(peaks["x"].to_numpy(), peaks["y"].to_numpy()), axis=1)
-        rings = np.bincount((q / RING_WIDTH).astype(int), minlength=N_RINGS)[:N_RINGS]
-        found["rings"] = rings.astype(np.uint32)
-    return found
-
-
-def _of_crystals(crystals: pa.Table, detector: DetectorHeader) -> dict[str, Any]:
-    """Where each crystal puts the beam centre, px against the assumed one."""
-    shift = np.column_stack([crystals["shift_x"].to_numpy(), crystals["shift_y"].to_numpy()])
-    return {"shifts": shift * detector.detector_distance / [detector.pixel_size_x, detector.pixel_size_y]}
 
 
 def _outlook(progress: Progress | None) -> str:

@@ -1,5 +1,6 @@
 """Files written while a run is processed: NXmx and a CrystFEL stream, chunk by chunk."""
 
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,15 @@ from storage.errors import RunNotFound
 from storage.models import RunHeader, StreamHeader
 from storage.nexus import DATA_PATH, MASK_PATH, NxmxWriter
 from storage.step_store import Processing
-from streaming.retrieval import Frame, Run, Stream
+from streaming.retrieval import Frame, Run, Stream, open_run
 from tasks.process_chunk import ChunkResult
 from tasks.recipe import Recipe
 from tasks.steps import crystal_matrix
 from tasks.unit_cell import UnitCell
 
 __all__ = ["RunExporter", "cell_file_text", "export_stream"]
+
+log = logging.getLogger("nearline.process")
 
 _EMPTY = np.empty(0)
 
@@ -42,6 +45,7 @@ class RunExporter:
         pixel_mask: np.ndarray | None,
     ) -> None:
         self._recipe, self._header = recipe, header
+        self._processing = Processing(run_folder, processing)
         self._history = StepHistory(run_folder)
         stem = f"{header.experiment}_{header.run}_{header.data_source}_{processing}"
         self.files: dict[str, Path] = {}
@@ -85,7 +89,21 @@ class RunExporter:
             self._nexus.close()
         if self._stream is not None:
             self._stream.close()
+        if self._recipe.export.report:
+            self._write_report()
         return self.files
+
+    def _write_report(self) -> None:
+        # Here, because what it needs takes more than a second to load, which few recipes ask for.
+        from flows.report import write_processing_report
+
+        path = self._processing.folder / "report.html"
+        try:
+            write_processing_report(open_run(self._processing.run), self._processing, path)
+        except Exception:  # a report that cannot be drawn is no reason to lose the processing that it is of
+            log.exception("no report of %s", self._processing)
+        else:
+            self.files["report"] = path
 
     def discard(self) -> None:
         """Leave no half-written file behind."""

@@ -6,14 +6,13 @@ from typing import Any
 
 import gemmi
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from flows.figure_style import BLUE, COLOURS, ORANGE, new_figure
 from tasks.merge_crystals import Merged, MergeStatistics, ShellStatistics
 from tasks.unit_cell import UnitCell
 from tasks.wilson_plot import WilsonPlot
 
-__all__ = ["draw_statistics", "hkl_text", "merged_mtz", "shell_table"]
+__all__ = ["draw_by_shell", "draw_statistics", "draw_wilson", "hkl_text", "merged_mtz", "shell_table"]
 
 
 def merged_mtz(merged: Merged, cell: UnitCell, is_apart: bool, history: str) -> gemmi.Mtz:
@@ -91,8 +90,7 @@ def _cells(shell: ShellStatistics, is_apart: bool) -> list[str]:
 
 def draw_statistics(path: Path, statistics: MergeStatistics, words: str) -> None:
     """CC1/2, CC* and Rsplit, completeness, multiplicity, I/σ, CCano by shell, and the Wilson plot, as a PNG."""
-    figure = Figure(figsize=(14, 7), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, every = new_figure(12, 6, 2, 3)
     panels: list[tuple[str, dict[str, Callable[[ShellStatistics], Any]]]] = [
         ("", {"CC½": lambda s: s.cc_half, "CC*": lambda s: s.cc_star, "Rsplit": lambda s: s.r_split}),
         ("completeness, %", {"": lambda s: 100 * s.completeness}),
@@ -101,22 +99,23 @@ def draw_statistics(path: Path, statistics: MergeStatistics, words: str) -> None
     ]
     if statistics.friedel_mates == "apart":
         panels.append(("CCano", {"": lambda s: s.cc_ano}))
-    *by_shell, last, rest = figure.subplots(2, 3).flat
-    _draw_wilson(rest, statistics.wilson)
+    *by_shell, last, rest = every.flat
+    draw_wilson(rest, statistics.wilson)
     for axes, (label, curves) in zip([*by_shell, last], panels, strict=False):
-        _draw_by_shell(axes, statistics.shells, label, curves)
+        draw_by_shell(axes, statistics.shells, label, curves)
     last.set_visible(len(panels) > len(by_shell))
     figure.suptitle(f"{words}; {statistics.space_group}, d_min {statistics.d_min:.2f} Å")
     figure.savefig(path)
 
 
-def _draw_by_shell(
+def draw_by_shell(
     axes: Any, shells: Sequence[ShellStatistics], label: str, curves: dict[str, Callable[[ShellStatistics], Any]]
 ) -> None:
+    """One or several quantities over resolution, in steps of equal volume in reciprocal space."""
     middle = [0.5 * (shell.d_max**-3 + shell.d_min**-3) for shell in shells]
-    for name, value in curves.items():
+    for (name, value), colour in zip(curves.items(), COLOURS, strict=False):
         values = [np.nan if (v := value(shell)) is None else v for shell in shells]
-        axes.plot(middle, values, marker="o", label=name or None)
+        axes.plot(middle, values, marker="o", markersize=4, color=colour, label=name or None)
     axes.set_ylabel(label)
     axes.margins(y=0.08)
     # A correlation may be negative; all else begins at nothing.
@@ -128,11 +127,12 @@ def _draw_by_shell(
         axes.legend(frameon=False)
 
 
-def _draw_wilson(axes: Any, plot: WilsonPlot) -> None:
-    axes.plot(plot.s_squared, plot.ln_mean_intensity, marker="o", linestyle="")
+def draw_wilson(axes: Any, plot: WilsonPlot) -> None:
+    """ln of the mean intensity over 1/(4d²), with the line through it where there is one."""
+    axes.plot(plot.s_squared, plot.ln_mean_intensity, marker="o", markersize=4, linestyle="", color=BLUE)
     if plot.b_factor is not None and plot.ln_intercept is not None:
         x = np.array([0.0, max(plot.s_squared)])
-        axes.plot(x, plot.ln_intercept - 2 * plot.b_factor * x, label=f"B = {plot.b_factor:.1f} Å²")
+        axes.plot(x, plot.ln_intercept - 2 * plot.b_factor * x, color=ORANGE, label=f"B = {plot.b_factor:.1f} Å²")
         axes.legend(frameon=False)
     axes.set_ylabel("ln ⟨I⟩")
     axes.set_xlabel("1/(4d²), 1/Å²")

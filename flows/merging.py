@@ -33,7 +33,7 @@ from tasks.resolve_ambiguity import AmbiguityReport, resolve_ambiguity
 from tasks.scale_crystals import CrystalScales, ScalingReport, merge_scaled, scale_crystals
 from tasks.unit_cell import UnitCell, read_cell
 
-__all__ = ["MergeRequest", "MergeResult", "lines_about", "merge_runs"]
+__all__ = ["MergeRequest", "MergeResult", "are_alike", "lines_about", "merge_runs"]
 
 # Cells that differ by more do not belong to one merge; relative, and degrees.
 _LENGTH_TOLERANCE, _ANGLE_TOLERANCE = 0.02, 1.5
@@ -273,7 +273,7 @@ def _cell_of(found: dict[str, Processing], request: MergeRequest) -> UnitCell:
     if first is None:
         raise BadRecipe(f"the recipe of {first_run} has no cell; give one with --cell")
     for run, cell in cells.items():
-        if cell is None or not _are_alike(first, cell):
+        if cell is None or not are_alike(first, cell):
             shown = cell.describe() if cell else "none"
             raise BadRecipe(
                 f"the cell of {first_run} is {first.describe()}, that of {run} {shown}: merge runs of one sample, "
@@ -282,7 +282,8 @@ def _cell_of(found: dict[str, Processing], request: MergeRequest) -> UnitCell:
     return first
 
 
-def _are_alike(one: UnitCell, other: UnitCell) -> bool:
+def are_alike(one: UnitCell, other: UnitCell) -> bool:
+    """Whether two cells, and their space groups, are those of one sample."""
     lengths = np.allclose(one.parameters[:3], other.parameters[:3], rtol=_LENGTH_TOLERANCE)
     angles = np.allclose(one.parameters[3:], other.parameters[3:], atol=_ANGLE_TOLERANCE, rtol=0)
     return bool(lengths and angles and one.space_group == other.space_group)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from storage.models import StreamHeader
 from tasks.bin_frames import MARKED, bin_frame
 
-__all__ = ["draw_frame"]
+__all__ = ["draw_frame", "frame_figure"]
 
 _WIDTH_PX = 700
 
@@ -29,6 +29,20 @@ def draw_frame(
 
     frame, mask : (slow, fast). peaks, reflections : tables with x, y in px.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame_figure(frame, mask, header, title, peaks, reflections).savefig(path)
+    return path
+
+
+def frame_figure(
+    frame: np.ndarray,
+    mask: np.ndarray,
+    header: StreamHeader,
+    title: str,
+    peaks: pa.Table,
+    reflections: pa.Table | None = None,
+) -> Figure:
+    """The same, not written yet."""
     factor = max(1, -(-frame.shape[1] // _WIDTH_PX))
     sums, _ = bin_frame(frame, mask, factor, None)
     image = np.where(sums == MARKED, np.nan, sums / factor**2)
@@ -58,6 +72,4 @@ def draw_frame(
     axes.set_xticks([])
     axes.set_yticks([])
     figure.tight_layout(pad=0.4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return figure

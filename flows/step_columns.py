@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from flows.charts import as_image, lines, mean_of_known
 
-__all__ = ["StepColumns"]
+__all__ = ["Array", "Scalar", "StepColumns"]
 
 # Points of a chart that one chunk adds at most, and that a column keeps: beyond, neighbours are made one.
 _POINTS_PER_CHUNK, _MOST_POINTS = 10, 2_000
@@ -20,7 +20,7 @@ _MOST_CHARTS = 12
 
 
 @dataclass
-class _Scalar:
+class Scalar:
     """Means of neighbouring frames: where they are, and what they are."""
 
     at: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class _Scalar:
 
 
 @dataclass
-class _Array:
+class Array:
     """Sum and number of the values at each place, over all frames so far."""
 
     sums: np.ndarray
@@ -54,9 +54,15 @@ class _Array:
         self.counts += known.sum(axis=0)
         self.n_frames += len(values)
 
-    def chart(self, name: str) -> str:
+    @property
+    def mean(self) -> np.ndarray:
+        """(element,); NaN where no frame has a value."""
         mean = np.full(len(self.sums), np.nan)
         np.divide(self.sums, self.counts, out=mean, where=self.counts > 0)
+        return mean
+
+    def chart(self, name: str) -> str:
+        mean = self.mean
         lowest = min(0.0, float(np.nanmin(mean))) if np.isfinite(mean).any() else 0.0
         title = f"{name}, mean of {self.n_frames} frames"
         drawn = lines(range(len(mean)), {"mean": mean.tolist()}, title=title, x_label="element", lowest=lowest)
@@ -67,15 +73,15 @@ class StepColumns:
     """The columns of users' steps as they come, chunk by chunk; text is left out."""
 
     def __init__(self) -> None:
-        self._scalars: dict[str, _Scalar] = {}
-        self._arrays: dict[str, _Array] = {}
+        self.scalars: dict[str, Scalar] = {}
+        self.arrays: dict[str, Array] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._scalars
+        return name in self.scalars
 
-    def take_in(self, frames: pa.Table) -> None:
-        """The ``frames`` table of one step on one chunk, with ``frame_index``."""
-        index = frames["frame_index"].to_numpy()
+    def take_in(self, frames: pa.Table, offset: int = 0) -> None:
+        """The ``frames`` table of one step on one chunk, with ``frame_index``; ``offset`` is added to that."""
+        index = frames["frame_index"].to_numpy() + offset
         if not len(index):
             return
         for name in frames.column_names:
@@ -86,14 +92,16 @@ class StepColumns:
                 values = _numbers(column.combine_chunks().flatten()).reshape(len(index), -1)
                 self._array(name, values.shape[1]).take_in(values)
             elif _is_number(column.type):
-                self._scalars.setdefault(name, _Scalar()).take_in(index, _numbers(column))
+                self.scalars.setdefault(name, Scalar()).take_in(index, _numbers(column))
 
-    def _array(self, name: str, length: int) -> _Array:
-        return self._arrays.setdefault(name, _Array(np.zeros(length), np.zeros(length, np.int64)))
+    def _array(self, name: str, length: int) -> Array:
+        if name in self.arrays and len(self.arrays[name].sums) != length:
+            name = f"{name} of {length}"  # in another run of the sample
+        return self.arrays.setdefault(name, Array(np.zeros(length), np.zeros(length, np.int64)))
 
     def charts(self) -> str:
         """All of them as Markdown images; empty if there are none."""
-        kept: dict[str, _Scalar | _Array] = {**self._arrays, **self._scalars}
+        kept: dict[str, Scalar | Array] = {**self.arrays, **self.scalars}
         text = "\n".join(kept[name].chart(name) for name in list(kept)[:_MOST_CHARTS])
         left_out = list(kept)[_MOST_CHARTS:]
         return f"{text}\n\nand {', '.join(left_out)}, in the tables" if left_out else text

@@ -42,6 +42,7 @@ __all__ = [
     "producer",
     "provenance",
     "refine_detector",
+    "report",
     "reprocess",
     "start_run",
     "stop_run",
@@ -433,6 +434,51 @@ def refine_detector(run: str, *, service: str | None = None, root: str | Path | 
     service = service or os.environ.get("NEARLINE_SERVICE")
     processing = open_processing(run, service=service, root=str(root) if root else None)
     return detector_of(processing)[0].model_dump(mode="json")
+
+
+def report(
+    runs: str | Path | Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    *,
+    sample: str | None = None,
+    processing: str | None = None,
+    pictures: str | Path | None = None,
+    service: str | None = None,
+    root: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write the report of a run, live or finished, or of several of a sample: one HTML file that needs nothing else.
+
+    Parameters
+    ----------
+    runs : ``lyso-2026/3``, ranges ``lyso-2026/3-9``, whole experiments ``lyso-2026/*``, or run folders.
+    out : the file; by default ``report-<run>-<processing>.html`` in this folder.
+    sample : only runs of this sample; without ``runs`` of all there are.
+    processing : whose results; by default each run's promoted one, else the newest.
+    pictures : folder to write each picture into, too, as PNG.
+
+    Returns
+    -------
+    The fields of `flows.report.writing.ReportResult`: ``path``, ``figures`` and what was left out.
+
+    Raises
+    ------
+    RunNotFound : there is no such run, or none that is processed. BadRecipe : the runs' cells differ.
+    """
+    from pathlib import Path
+
+    from flows.report import ReportRequest, write_report
+
+    root = root or _root_from_environment()
+    texts = (runs,) if isinstance(runs, (str, Path)) else tuple(runs)
+    request = ReportRequest(
+        runs=tuple(map(str, texts)),
+        sample=sample,
+        processing=processing,
+        service=service or os.environ.get("NEARLINE_SERVICE"),
+        root=str(root) if root else None,
+    )
+    written = write_report(request, Path(out) if out else None, Path(pictures) if pictures else None)
+    return written.model_dump(mode="json")
 
 
 def explain(

@@ -21,6 +21,7 @@ from nearline import (
     experiment_commands,
     group_commands,
     provenance_commands,
+    report_commands,
     reprocess_commands,
     show,
     token_commands,
@@ -475,6 +476,7 @@ cell_commands.register(app)
 decision_commands.register(app)
 detector_commands.register(app)
 tune_commands.register(app)
+report_commands.register(app)
 
 
 @catalog_app.command("rebuild")

@@ -72,6 +72,7 @@ class Export(Model):
         False,
         description="publish the detector's bytes of hits as a stream, <source>.hits@<processing>, as they are found",
     )
+    report: bool = Field(False, description="write report.html beside the tables when the run has ended")
 
 
 class Recipe(Model):
@@ -112,8 +113,8 @@ class Recipe(Model):
     def digest(self) -> str:
         """blake3 of the recipe's content, hex."""
         how: Any = {"name": True, "mask": True, "steps": {"__all__": {"group"}}}
-        if not self.export.hits_stream:
-            how["export"] = {"hits_stream"}  # as before there was one: recipes keep their digest
+        # A report changes no result. Without a stream of hits recipes keep the digest from before there was one.
+        how["export"] = {"report"} if self.export.hits_stream else {"report", "hits_stream"}
         return blake3.blake3(self.model_dump_json(exclude=how).encode()).hexdigest()
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:

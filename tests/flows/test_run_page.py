@@ -119,7 +119,7 @@ def test_columns_of_a_long_run_take_no_more_room():
     for chunk in range(3000):
         index = np.arange(10 * chunk, 10 * chunk + 10)
         columns.take_in(pa.table({"frame_index": index, "x": 5.0 - index, "ok": index % 2 == 0}))
-    kept = columns._scalars["x"]
+    kept = columns.scalars["x"]
     assert len(kept.at) <= 2000
     assert np.allclose(np.array(kept.means), 5.0 - np.array(kept.at))
     assert kept.at == sorted(kept.at)

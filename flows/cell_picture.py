@@ -4,24 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from flows.figure_style import BLUE, ORANGE, new_figure
 from flows.finding_cell import CellReport
 
 __all__ = ["draw_cells"]
 
 _NAMES = ("a, Å", "b, Å", "c, Å", "α, °", "β, °", "γ, °")
-_COLOUR, _PROPOSED = "#1f77b4", "#d62728"
 
 
 def draw_cells(path: Path, report: CellReport) -> Path:
     """Histograms of a, b, c, α, β, γ over the hits that agree, and the proposed cell as a line, as a PNG."""
-    # No pyplot: it keeps figures for a whole process.
-    figure = Figure(figsize=(11, 6.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, every = new_figure(8.5, 4.8, 2, 3)
     cells = np.array(report.cells, float).reshape(-1, 6)
-    for number, axes in enumerate(figure.subplots(2, 3).ravel()):
+    for number, axes in enumerate(every.ravel()):
         _histogram(axes, cells[:, number], _NAMES[number], report.cell[number] if report.cell else None)
     figure.suptitle(_title(report), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +40,7 @@ def _histogram(axes: Any, values: np.ndarray, label: str, proposed: float | None
         return
     middle = float(np.median(values))
     half = max(float(np.abs(values - middle).max()), 0.002 * middle) * 1.05
-    axes.hist(values, np.linspace(middle - half, middle + half, min(40, 10 + len(values) // 6)), color=_COLOUR)
+    axes.hist(values, np.linspace(middle - half, middle + half, min(40, 10 + len(values) // 6)), color=BLUE)
     if proposed is not None:
-        axes.axvline(proposed, color=_PROPOSED, linewidth=1.4)
+        axes.axvline(proposed, color=ORANGE, linewidth=1.4)
     axes.locator_params(axis="x", nbins=5)

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from flows.comparison import CELL_LENGTHS, Comparison, Tables
+from flows.figure_style import BLUE, ORANGE, new_figure
 
 __all__ = ["draw_comparison"]
 
-_COLOURS = ("#1f77b4", "#d62728")
+_COLOURS = (BLUE, ORANGE)
 _N_BINS = 40
 # Rates over fewer frames jump about and say nothing.
 _FRAMES_PER_POINT = 10
@@ -20,10 +19,7 @@ _FRAMES_PER_POINT = 10
 def draw_comparison(path: Path, found: Comparison) -> Path:
     """Histograms of peaks, resolution and cell lengths, and hit rate over frames, A and B overlaid, as a PNG."""
     assert found.tables is not None
-    # No pyplot: it keeps figures for a whole process, and flows draw in several threads.
-    figure = Figure(figsize=(13, 7.2), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    figure, axes = new_figure(10, 5.6, 2, 3)
     a, b = found.tables
     names = (f"A  {found.a.name}  {found.a.recipe}", f"B  {found.b.name}  {found.b.recipe}")
     _histograms(axes[0, 0], [_hit_peaks(a), _hit_peaks(b)], "peaks on a hit", "hits")

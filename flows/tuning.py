@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pydantic import Field
 
+from flows.figure_style import BLUE, GREY, LIGHT, ORANGE, new_figure
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.models import Record
@@ -250,9 +249,7 @@ def write_tuned_recipe(path: Path, report: TuneReport, survey: Survey) -> None:
 
 def draw_tuning(path: Path, report: TuneReport, survey: Survey) -> None:
     """Background with the threshold, numbers of peaks with the cut, bad pixels, and the frame with most; a PNG."""
-    figure = Figure(figsize=(13, 9), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
+    figure, axes = new_figure(10, 7, 2, 2)
     _draw_background(axes[0, 0], report, survey)
     _draw_counts(axes[0, 1], report, survey)
     _draw_mask(axes[1, 0], report, survey)
@@ -264,12 +261,10 @@ def draw_tuning(path: Path, report: TuneReport, survey: Survey) -> None:
 
 def _draw_background(axes: Any, report: TuneReport, survey: Survey) -> None:
     level = survey.background[1:]
-    axes.plot(np.arange(len(level)), level, color="#1f77b4", label="background")
+    axes.plot(np.arange(len(level)), level, color=BLUE, label="background")
     own = level + report.min_snr * np.sqrt(level)
-    axes.plot(np.arange(len(level)), np.maximum(own, report.threshold), color="#d62728", label="a pixel above counts")
-    axes.axhline(
-        report.threshold, color="#999999", linewidth=0.8, linestyle=":", label=f"threshold {report.threshold:g}"
-    )
+    axes.plot(np.arange(len(level)), np.maximum(own, report.threshold), color=ORANGE, label="a pixel above counts")
+    axes.axhline(report.threshold, color=GREY, linewidth=0.8, linestyle=":", label=f"threshold {report.threshold:g}")
     axes.set(xlabel="distance from the beam, px", ylabel="counts per pixel", title="background", ylim=(0, None))
     axes.legend()
 
@@ -279,19 +274,20 @@ def _draw_counts(axes: Any, report: TuneReport, survey: Survey) -> None:
     edges = np.unique(np.geomspace(1, highest + 2, 40).astype(int)) - 0.5
     edges = np.concatenate([[-0.5], edges])
     for values, colour, label in (
-        (survey.counts_before, "#bbbbbb", "as it was"), (survey.counts, "#1f77b4", "proposed")
+        (survey.counts_before, LIGHT, "as it was"), (survey.counts, BLUE, "proposed")
     ):  # fmt: skip
         axes.stairs(np.histogram(values, edges)[0], edges, color=colour, fill=label == "as it was", label=label)
-    axes.axvline(report.min_peaks - 0.5, color="#d62728", linestyle="--", label=f"hits from {report.min_peaks} on")
+    axes.axvline(report.min_peaks - 0.5, color=ORANGE, linestyle="--", label=f"hits from {report.min_peaks} on")
     axes.set(xlabel="peaks in a frame", ylabel="frames", title="where hits begin", xscale="symlog", xlim=(-0.5, None))
     axes.legend()
 
 
 def _draw_mask(axes: Any, report: TuneReport, survey: Survey) -> None:
+    axes.grid(False)
     shape = survey.mask.shape
     axes.imshow(np.where(survey.mask != 0, 0.75, 1.0), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for which, colour, label in (
-        (survey.bad.hot, "#d62728", f"hot: {report.n_hot}"), (survey.bad.cold, "#1f77b4", f"cold: {report.n_cold}")
+        (survey.bad.hot, ORANGE, f"hot: {report.n_hot}"), (survey.bad.cold, BLUE, f"cold: {report.n_cold}")
     ):  # fmt: skip
         y, x = np.nonzero(which)
         axes.scatter(x, y, s=4, color=colour, label=label)
@@ -300,8 +296,9 @@ def _draw_mask(axes: Any, report: TuneReport, survey: Survey) -> None:
 
 
 def _draw_example(axes: Any, survey: Survey) -> None:
+    axes.grid(False)
     frame = np.where((survey.mask != 0) | survey.bad.any, np.nan, survey.example.astype(float))
     top = float(np.nanpercentile(frame, 99.7)) or 1.0
     axes.imshow(frame, cmap="gray_r", vmin=0, vmax=max(top, 1.0))
-    axes.scatter(survey.example_peaks["x"], survey.example_peaks["y"], s=40, facecolors="none", edgecolors="#d62728")
+    axes.scatter(survey.example_peaks["x"], survey.example_peaks["y"], s=40, facecolors="none", edgecolors=ORANGE)
     axes.set_title(f"the frame with most peaks: {len(survey.example_peaks)}")

@@ -20,7 +20,14 @@ import numpy as np
 from numba import njit
 
 from storage.errors import BadRecipe
-from tasks.unit_cell import BadCell, UnitCell, hkl_symmetry_ops, lattice_rotations, rotation_angle_deg
+from tasks.unit_cell import (
+    BadCell,
+    UnitCell,
+    hkl_symmetry_ops,
+    lattice_rotations,
+    rotation_angle_deg,
+    symmetrised,
+)
 
 __all__ = [
     "Crystal",
@@ -154,6 +161,21 @@ class Indexer:
             _, off = crystal.hkl(q[left], self.wavelength)
             left = left[off > self.params.tolerance]
         return found
+
+    def described(self, q: np.ndarray, A: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> Crystal | None:
+        """A lattice that another program found, counted and measured as ours are; None if it explains no spot.
+
+        Parameters
+        ----------
+        q : (n, 3) scattering vectors of all spots of the frame, 1/Å.
+        A : (3, 3), 1/Å, columns a*, b*, c* of the cell in its own setting; its symmetry is imposed on them.
+        shift : as `Crystal` has it.
+        """
+        length = np.linalg.norm(q, axis=1)
+        q = q[np.isfinite(length) & (length > _BEAM)]
+        if not len(q):
+            return None
+        return self._described(q, symmetrised(A, self.cell) @ np.linalg.inv(self._to_primitive), np.array(shift))
 
     def _one_lattice(self, q: np.ndarray, intensity: np.ndarray | None, known: list[Crystal]) -> Crystal | None:
         accepted: list[Crystal] = []

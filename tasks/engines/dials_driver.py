@@ -21,7 +21,7 @@ def main(folder: str, first: int) -> None:
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
 
-    _have_stub()
+    have_stub()
     import numpy as np
     from dials.command_line.stills_process import phil_scope
     from dials.util.version import dials_version
@@ -30,20 +30,20 @@ def main(folder: str, first: int) -> None:
     with open(os.path.join(folder, "job.json")) as file:
         job = json.load(file)
     spots = np.load(os.path.join(folder, "spots.npz"))
-    texts = [*job["phil"], *_known_cell(job)]
+    texts = [*job["phil"], *known_cell(job)]
     scope, unknown = phil_scope.fetch(sources=[parse(text) for text in texts], track_unused_definitions=True)
     if unknown:
         answer({"refused": ", ".join(str(one) for one in unknown)})
         return
-    params, imageset = scope.extract(), _imageset(job)
+    params, imageset = scope.extract(), still_of(job)
     answer({"ready": dials_version()})
     for position in range(first, len(spots["offset"]) - 1):
         rows = slice(spots["offset"][position], spots["offset"][position + 1])
         table = _table({name: spots[name][rows] for name in ("x", "y", "intensity", "panel")})
-        answer({"position": position} | _indexed(table, imageset, copy.deepcopy(params)))
+        answer({"position": position} | index_still(table, imageset, copy.deepcopy(params)))
 
 
-def _have_stub() -> None:
+def have_stub() -> None:
     """DIALS imports this module of XFEL's for stills without using it, and Debian does not ship it."""
     try:
         import xfel_mono_sim_ext  # noqa: F401
@@ -51,7 +51,7 @@ def _have_stub() -> None:
         sys.modules["xfel_mono_sim_ext"] = types.ModuleType("xfel_mono_sim_ext")
 
 
-def _known_cell(job: dict[str, Any]) -> list[str]:
+def known_cell(job: dict[str, Any]) -> list[str]:
     cell = ",".join(map(str, job["cell"]))
     return [
         f'indexing.known_symmetry.space_group="{job["space_group"]}"',
@@ -63,7 +63,7 @@ def _known_cell(job: dict[str, Any]) -> list[str]:
     ]
 
 
-def _imageset(job: dict[str, Any]) -> Any:
+def still_of(job: dict[str, Any]) -> Any:
     """One still without pixels: only its models are asked for."""
     from dxtbx.imageset import ImageSet, ImageSetData, MemReader
     from dxtbx.model import BeamFactory, Detector, Panel
@@ -106,7 +106,7 @@ def _table(spots: dict[str, Any]) -> Any:
 _CENTROID_VARIANCE_PX2 = 0.04
 
 
-def _indexed(table: Any, imageset: Any, params: Any) -> dict[str, Any]:
+def index_still(table: Any, imageset: Any, params: Any) -> dict[str, Any]:
     """Lattices of one frame: A (3, 3) row by row, and how many spots DIALS counts; or why there is none."""
     from dials.algorithms.indexing.indexer import Indexer
     from dxtbx.model.experiment_list import Experiment, ExperimentList

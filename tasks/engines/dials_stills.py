@@ -22,7 +22,7 @@ from storage.geometry import Panel
 from tasks.engines import dials_driver
 from tasks.engines.engine import Answer, Child, EngineJob, EngineStopped, Lattice, answers_of, environment
 
-__all__ = ["DRIVER", "DialsParams", "dials_python", "index", "version", "write_job"]
+__all__ = ["DRIVER", "DialsParams", "dials_python", "index", "read_answer", "version", "write_job"]
 
 PYTHON = "NEARLINE_DIALS_PYTHON"
 DRIVER = Path(dials_driver.__file__)
@@ -111,7 +111,7 @@ def index(job: EngineJob, params: DialsParams) -> list[Answer]:
                 _started(child)
                 for _ in positions:
                     said = json.loads(child.line(params.frame_seconds))
-                    yield said["position"], _answer(said)
+                    yield said["position"], read_answer(said)
 
         return answers_of("DIALS", len(job.frames), ask)
 
@@ -129,7 +129,8 @@ def _started(child: Child) -> None:
         )
 
 
-def _answer(said: dict[str, Any]) -> Answer:
+def read_answer(said: dict[str, Any]) -> Answer:
+    """What the driver said of one frame, in our laboratory frame."""
     lattices = [
         Lattice(_TO_IMGCIF[:, None] * np.array(found["A"], float).reshape(3, 3), found["n_indexed"])
         for found in said["lattices"]

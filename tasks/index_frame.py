@@ -57,7 +57,9 @@ class IndexParams:
     refine_cell, refine_shift : whether cell and detector shift are free beside the orientation.
     shift_sigma : expected detector shift over distance (1 px of 75 µm at 0.15 m is 5e-4).
     strain_sigma : expected relative error of the given cell.
-    radial_weight : weight of the excitation error against the position; a still measures it badly.
+    radial_weight : weight of the excitation error against the position. A still measures it badly, and yet it says
+        most of a rotation across the beam: with 1/4 the orientation of simulated hits is up to two fifths less
+        exact, and of the peaks of real stills fewer are explained than by DIALS.
     """
 
     min_indexed: int = 8
@@ -73,7 +75,7 @@ class IndexParams:
     refine_shift: bool = True
     shift_sigma: float = 5e-4
     strain_sigma: float = 0.01
-    radial_weight: float = 0.25
+    radial_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.min_indexed < 5 or not 0 < self.tolerance < 0.5 or self.max_lattices < 1:

@@ -17,12 +17,15 @@ import h5py
 import numpy as np
 import pytest
 
+from flows.run_processing import ProcessRequest, run_processing
 from nearline.experiment_checks import check_engines
+from storage.crystfel import read_stream
 from storage.errors import BadRecipe, EngineFailed, EngineMissing
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest
 from storage.geometry import Geometry, Panel
 from storage.models import StreamHeader
 from storage.sensor import Sensor
+from streaming.retrieval import open_run
 from streaming.simulator import SimulatorSettings, make_frames
 from tasks.chunk_frames import ChunkFrames, usable_mask
 from tasks.engines import Answer, indexamajig
@@ -32,6 +35,7 @@ from tasks.process_chunk import code_digest
 from tasks.recipe import load_recipe
 from tasks.steps import STEPS, crystal_matrix, read_crystal, run_engine
 from tasks.unit_cell import UnitCell, read_cell, same_orientation
+from tests.flows.stored_runs import store_run
 
 # Four hits and a blank.
 N_FRAMES = 5
@@ -297,6 +301,24 @@ def test_integration_goes_on_from_it_unchanged(stand_in, chunk, cell, peaks):
     integrated = tables_of("integrate", chunk, cell, upstream, d_min=3.0)
     assert integrated["crystal_quality"].num_rows == upstream["index_indexamajig"]["crystals"].num_rows
     assert integrated["reflections"].num_rows > 50
+
+
+def test_a_run_is_processed_through_and_through(stand_in, tmp_path, simulator, frames, cell):
+    stand_in.setenv("STAND_IN_DIES", "1")
+    folder = store_run(tmp_path / "data", simulator, frames[0])
+    recipe = {
+        "sample": {"cell": cell.parameters, "space_group": cell.space_group},
+        "steps": [{"use": "find_peaks"}, {"use": "index_indexamajig"}, {"use": "integrate", "params": {"d_min": 3.0}}],
+    }
+    summary = run_processing(ProcessRequest(run=str(folder.path), recipe=recipe, n_threads=1))
+    run = open_run(str(folder.path))
+    (stream,) = folder.path.glob("processed/*/*.stream")
+    indexed = [frame.frame_index for frame in read_stream(stream) if frame.crystals]
+    hits = [truth.index for truth in frames[1] if truth.is_hit]
+    assert indexed == [index for index in hits if index != hits[1]]
+    assert summary["indexed"] == len(indexed)
+    (lost,) = run["eiger"].where("not_indexed_because LIKE '%Segmentation%'").indices
+    assert lost == hits[1]
 
 
 # ---- which program ----------------------------------------------------------------------------------

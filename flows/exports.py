@@ -19,7 +19,7 @@ from streaming.retrieval import Frame, Run, Stream, open_run
 from tasks.process_chunk import ChunkResult
 from tasks.recipe import Recipe
 from tasks.steps import crystal_matrix
-from tasks.unit_cell import UnitCell
+from tasks.unit_cell import UnitCell, cell_file_text, crystfel_lattice
 
 __all__ = ["RunExporter", "cell_file_text", "export_stream"]
 
@@ -228,30 +228,6 @@ def _write_history(writer: NxmxWriter, processing: Processing) -> None:
     history.write(writer, manifest.recipe, manifest.recipe_digest)
 
 
-def cell_file_text(cell: UnitCell) -> str:
-    """A CrystFEL unit cell file, version 1.0."""
-    lattice, unique = _lattice_words(cell)
-    lines = ["CrystFEL unit cell file version 1.0", "", f"lattice_type = {lattice}", f"centering = {cell.centring}"]
-    if unique != "*":
-        lines.append(f"unique_axis = {unique}")
-    lines += [f"{name} = {value:.5f} A" for name, value in zip("abc", cell.parameters[:3], strict=True)]
-    lines += [f"{n} = {v:.5f} deg" for n, v in zip(("al", "be", "ga"), cell.parameters[3:], strict=True)]
-    return "\n".join(lines) + "\n"
-
-
-def _lattice_words(cell: UnitCell) -> tuple[str, str]:
-    """CrystFEL's lattice_type and unique_axis."""
-    lattice = cell.lattice
-    if lattice in ("tetragonal",):
-        return lattice, "c"
-    if lattice in ("trigonal", "hexagonal"):
-        return ("rhombohedral", "*") if cell.centring == "R" and cell.gamma < 100 else ("hexagonal", "c")
-    if lattice == "monoclinic":
-        angles = dict(zip("abc", cell.parameters[3:], strict=True))
-        return lattice, next((axis for axis, angle in angles.items() if abs(angle - 90) > 1e-3), "b")
-    return lattice, "*"
-
-
 def _hits(result: ChunkResult) -> dict[int, bool]:
     frames = result.frames
     if "hit" not in frames.column_names:
@@ -278,7 +254,7 @@ def _stream_peaks(peaks: pa.Table | None) -> StreamPeaks:
 def _stream_crystal(
     row: dict[str, Any], quality: pa.Table | None, reflections: pa.Table | None, cell: UnitCell | None
 ) -> StreamCrystal:
-    lattice, unique = _lattice_words(cell) if cell else ("triclinic", "*")
+    lattice, unique = crystfel_lattice(cell) if cell else ("triclinic", "*")
     mine = [q for q in quality.to_pylist() if q["crystal"] == row["crystal"]] if quality is not None else []
     measured = mine[0] if mine else {}
     resolution = measured.get("resolution")

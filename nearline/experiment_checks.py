@@ -13,14 +13,15 @@ import numpy as np
 from flows.experiment import Experiment, all_recipes, load_experiment
 from nearline.doctor import Check, State
 from nearline.prefect_server import is_healthy
-from storage.errors import BadRecipe, NearlineError
+from storage.errors import BadRecipe, EngineMissing, NearlineError
 from storage.models import DetectorHeader
 from storage.photons import energy_from_wavelength
 from streaming.client import is_reachable
 from tasks.recipe import Recipe, read_mask
+from tasks.steps import STEPS
 from tasks.unit_cell import lattice_rotations
 
-__all__ = ["check_experiment"]
+__all__ = ["check_engines", "check_experiment"]
 
 _CONNECT_S = 1.0
 _LEAST_ROOM = 20 << 30
@@ -54,6 +55,7 @@ def check_experiment(path: Path, api: str | None = None) -> Iterator[Check]:
     for name, recipe in recipes.items():
         yield from _check_cell(name, recipe)
     for recipe in {r.digest: r for r in recipes.values()}.values():
+        yield from check_engines(recipe)
         yield from _check_geometry(recipe)
         yield from _check_mask(recipe)
     yield from _check_sources(experiment)
@@ -106,6 +108,18 @@ def _check_cell(name: str | None, recipe: Recipe) -> Iterator[Check]:
     ambiguous = len(lattice_rotations(cell)) // n_point
     note = f"; {ambiguous} ways to index the same spots" if ambiguous > 1 else ""
     yield Check("cell", "ok", f"{_of(name)}: {cell.describe()}, asymmetric unit {volume:.0f} Å³{note}")
+
+
+def check_engines(recipe: Recipe) -> Iterator[Check]:
+    """Programs of others that steps of the recipe index with: there, and in which version."""
+    for spec in recipe.steps:
+        engine = STEPS[spec.use].engine if spec.use in STEPS else None
+        if engine is None:
+            continue
+        try:
+            yield Check("engine", "ok", f"{recipe.name}, step {spec.name}: {engine.version()}")
+        except EngineMissing as error:
+            yield _failed("engine", error)
 
 
 def _check_geometry(recipe: Recipe) -> Iterator[Check]:

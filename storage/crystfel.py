@@ -104,6 +104,7 @@ class StreamCrystal:
     profile_radius : of the reciprocal lattice points, nm^-1.
     resolution_limit : of the diffraction, nm^-1; None if not estimated.
     reflections : None or empty if nothing was integrated.
+    det_shift_mm : (x, y) of the detector's true place minus the assumed one, laboratory axes.
     """
 
     A: np.ndarray
@@ -115,6 +116,7 @@ class StreamCrystal:
     reflections: StreamReflections | None = None
     n_saturated: int = 0
     n_implausible: int = 0
+    det_shift_mm: tuple[float, float] = (0.0, 0.0)
 
     @property
     def cell(self) -> tuple[float, float, float, float, float, float]:
@@ -393,7 +395,7 @@ class CrystfelStreamWriter:
             f"centering = {crystal.centering}",
             f"unique_axis = {crystal.unique_axis}",
             f"profile_radius = {crystal.profile_radius:.5f} nm^-1",
-            "predict_refine/det_shift x = 0.000 y = 0.000 mm",
+            "predict_refine/det_shift x = {:.3f} y = {:.3f} mm".format(*crystal.det_shift_mm),
         ]
         if crystal.resolution_limit:
             limit = crystal.resolution_limit
@@ -569,9 +571,16 @@ def _read_crystal(lines: Iterator[str]) -> StreamCrystal | None:
             reflections=reflections,
             n_saturated=int(values.get("num_saturated_reflections", 0)),
             n_implausible=int(values.get("num_implausible_reflections", 0)),
+            det_shift_mm=_read_shift(values.get("predict_refine/det_shift x", "0 y = 0 mm")),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise BadFrame(f"a crystal block lacks or garbles {error}; the stream is damaged there") from error
+
+
+def _read_shift(text: str) -> tuple[float, float]:
+    """x and y in ``0.152 y = -0.023 mm``, which is what stands behind the first sign of equality."""
+    x, _, y = text.partition("y =")
+    return _first_number(x), _first_number(y)
 
 
 # Helpers of the writer.

@@ -21,6 +21,8 @@ __all__ = [
     "DamagedFile",
     "DamagedOutput",
     "DeploymentNotFound",
+    "EngineFailed",
+    "EngineMissing",
     "FlowRunFailed",
     "FrameMissing",
     "FrameNotYetAvailable",
@@ -86,6 +88,14 @@ class BadQuery(NearlineError, ValueError):
 
 class BadRecipe(NearlineError, ValueError):
     """A recipe that does not parse, or names a step that cannot be imported."""
+
+
+class EngineMissing(BadRecipe):
+    """A recipe that wants a program for indexing which is not on this machine."""
+
+
+class EngineFailed(NearlineError, RuntimeError):
+    """A program for indexing that does not start, or that ends or hangs whatever frame it is given."""
 
 
 class ShapeMismatch(NearlineError, ValueError):

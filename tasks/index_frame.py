@@ -20,7 +20,14 @@ import numpy as np
 from numba import njit
 
 from storage.errors import BadRecipe
-from tasks.unit_cell import BadCell, UnitCell, hkl_symmetry_ops, lattice_rotations, rotation_angle_deg
+from tasks.unit_cell import (
+    BadCell,
+    UnitCell,
+    hkl_symmetry_ops,
+    lattice_rotations,
+    rotation_angle_deg,
+    symmetrised,
+)
 
 __all__ = [
     "Crystal",
@@ -50,7 +57,9 @@ class IndexParams:
     refine_cell, refine_shift : whether cell and detector shift are free beside the orientation.
     shift_sigma : expected detector shift over distance (1 px of 75 µm at 0.15 m is 5e-4).
     strain_sigma : expected relative error of the given cell.
-    radial_weight : weight of the excitation error against the position; a still measures it badly.
+    radial_weight : weight of the excitation error against the position. A still measures it badly, and yet it says
+        most of a rotation across the beam: with 1/4 the orientation of simulated hits is up to two fifths less
+        exact, and of the peaks of real stills fewer are explained than by DIALS.
     """
 
     min_indexed: int = 8
@@ -66,7 +75,7 @@ class IndexParams:
     refine_shift: bool = True
     shift_sigma: float = 5e-4
     strain_sigma: float = 0.01
-    radial_weight: float = 0.25
+    radial_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.min_indexed < 5 or not 0 < self.tolerance < 0.5 or self.max_lattices < 1:
@@ -154,6 +163,21 @@ class Indexer:
             _, off = crystal.hkl(q[left], self.wavelength)
             left = left[off > self.params.tolerance]
         return found
+
+    def described(self, q: np.ndarray, A: np.ndarray, shift: tuple[float, float] = (0.0, 0.0)) -> Crystal | None:
+        """A lattice that another program found, counted and measured as ours are; None if it explains no spot.
+
+        Parameters
+        ----------
+        q : (n, 3) scattering vectors of all spots of the frame, 1/Å.
+        A : (3, 3), 1/Å, columns a*, b*, c* of the cell in its own setting; its symmetry is imposed on them.
+        shift : as `Crystal` has it.
+        """
+        length = np.linalg.norm(q, axis=1)
+        q = q[np.isfinite(length) & (length > _BEAM)]
+        if not len(q):
+            return None
+        return self._described(q, symmetrised(A, self.cell) @ np.linalg.inv(self._to_primitive), np.array(shift))
 
     def _one_lattice(self, q: np.ndarray, intensity: np.ndarray | None, known: list[Crystal]) -> Crystal | None:
         accepted: list[Crystal] = []

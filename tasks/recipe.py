@@ -43,7 +43,7 @@ class Sample(Model):
 class StepSpec(Model):
     """One step: what it uses, under which name its results are kept, with which parameters."""
 
-    use: str = Field(description="bin, find_peaks, index, integrate, or package:function")
+    use: str = Field(description="a step of ours (docs/recipes.md), such as find_peaks or index, or package:function")
     name: str = Field("", description="name of the step in this recipe; by default what it uses")
     params: dict[str, Any] = Field(default_factory=dict)
     group: str = Field(

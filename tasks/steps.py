@@ -24,6 +24,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from storage import codec as codec_module
+from storage import crystfel as crystfel_module
 from storage import geometry as geometry_module
 from storage import photons, sensor
 from storage.codec import encode
@@ -36,6 +37,9 @@ from tasks import integrate_spots as integrate_spots_module
 from tasks import predict_spots as predict_spots_module
 from tasks.bin_frames import Binner
 from tasks.chunk_frames import ChunkFrames
+from tasks.engines import Engine, EngineJob, dials_stills, indexamajig
+from tasks.engines import engine as engine_module
+from tasks.engines.engine import flat_geometry, spots_where_rays_enter
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Crystal, Indexer, IndexParams
 from tasks.integrate_spots import REFLECTION_DTYPE, Integration, IntegrationParams, integrate_spots
@@ -118,6 +122,7 @@ class Step:
     run : (chunk, params, cell, upstream) → tables. kernels : modules whose source is part of
     the step's identity. frame_work : (chunk, params) → the same, for steps that want nothing but
     the frames; neighbours of this kind are carried out together, frame by frame.
+    engine : the program of others that does the work; so is its version.
     """
 
     params: type
@@ -125,6 +130,7 @@ class Step:
     kernels: tuple[ModuleType, ...]
     needs_cell: bool = False
     frame_work: Callable[[ChunkFrames, Any], FrameWork] | None = None
+    engine: Engine | None = None
 
     def read_params(self, given: Mapping[str, Any]) -> Any:
         """The step's parameters from what a recipe says; ValueError names what it does not know."""
@@ -144,8 +150,12 @@ class Step:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the code of this step is: source digest and versions of the numeric libraries."""
-        return {"source": source_digest(*self.kernels, *_SHARED), **library_versions()}
+        """What the code of this step is: source digest and versions of the numeric libraries.
+
+        Raises EngineMissing where the step wants a program that is not on this machine.
+        """
+        program = {self.engine.name: self.engine.version()} if self.engine is not None else {}
+        return {"source": source_digest(*self.kernels, *_SHARED), **library_versions(), **program}
 
     @property
     def modules(self) -> dict[str, str]:
@@ -343,6 +353,47 @@ def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, up
     return {
         "frames": pa.table({"frame_index": chunk.frame_index, "indexed": n_crystals > 0, "n_crystals": n_crystals}),
         "crystals": _crystal_table(chunk.frame_index, crystals),
+    }
+
+
+def run_engine(engine: Engine, chunk: ChunkFrames, params: Any, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Lattices that a program of others finds in the peaks of the hits, counted as ours are."""
+    assert cell is not None
+    peaks, hit = _table(upstream, "peaks"), _frame_column(upstream, "hit")
+    geometry, rows = chunk.detector_geometry, rows_by_frame(peaks, chunk.frame_index)
+    hits = np.flatnonzero(hit)
+    mine = [peaks.slice(*rows[position]) for position in hits]
+    vectors = [scattering_vectors(geometry, table) for table in mine]
+    spots = [
+        spots_where_rays_enter(geometry, q, table["panel"].to_numpy(), table["intensity"].to_numpy())
+        for q, table in zip(vectors, mine, strict=True)
+    ]
+    job = EngineJob(chunk.header, flat_geometry(geometry), cell, tuple(spots))
+    answers = engine.index(job, params) if spots else []
+    counter = _indexer_for(cell, geometry.wavelength, IndexParams())
+    crystals: list[list[Crystal]] = [[] for _ in range(len(chunk))]
+    why, counts = [""] * len(chunk), []
+    for position, q, answer in zip(hits, vectors, answers, strict=True):
+        why[position] = answer.why
+        for lattice in answer.lattices:
+            crystal = counter.described(q, lattice.A, lattice.shift)
+            if crystal is None:
+                why[position] = f"{engine.name} gave a lattice that explains no spot"
+                continue
+            crystals[position].append(crystal)
+            counts.append(lattice.n_indexed)
+    table = _crystal_table(chunk.frame_index, crystals)
+    n_crystals = np.array([len(c) for c in crystals], np.int64)
+    return {
+        "frames": pa.table(
+            {
+                "frame_index": chunk.frame_index,
+                "indexed": n_crystals > 0,
+                "n_crystals": n_crystals,
+                "not_indexed_because": why,
+            }
+        ),
+        "crystals": table.append_column("n_indexed_by_engine", pa.array(counts, pa.int64())),
     }
 
 
@@ -582,10 +633,21 @@ def _frame_step(params: type, begin: Callable[[ChunkFrames, Any], FrameWork], ke
     return Step(params, run, kernels, frame_work=begin)
 
 
+_DIALS = Engine("DIALS", dials_stills.DialsParams, dials_stills.version, dials_stills.index)
+_INDEXAMAJIG = Engine("indexamajig", indexamajig.IndexamajigParams, indexamajig.version, indexamajig.index)
+
+
+def _engine_step(engine: Engine, *modules: ModuleType) -> Step:
+    kernels = (*modules, engine_module, index_frame, unit_cell)
+    return Step(engine.params, functools.partial(run_engine, engine), kernels, needs_cell=True, engine=engine)
+
+
 STEPS: dict[str, Step] = {
     "bin": _frame_step(BinParams, bin_work, (bin_frames,)),
     "find_peaks": _frame_step(FindPeaksParams, find_peaks_work, (find_peaks, ring_statistics)),
     "index": Step(IndexParams, run_index, (index_frame, unit_cell), needs_cell=True),
+    "index_dials": _engine_step(_DIALS, dials_stills, dials_stills.dials_driver),
+    "index_indexamajig": _engine_step(_INDEXAMAJIG, indexamajig, crystfel_module),
     "integrate": Step(
         IntegrateParams, run_integrate, (predict_spots_module, integrate_spots_module, unit_cell), needs_cell=True
     ),

@@ -22,6 +22,8 @@ from storage.errors import BadRecipe
 __all__ = [
     "BadCell",
     "UnitCell",
+    "cell_file_text",
+    "crystfel_lattice",
     "hkl_symmetry_ops",
     "lattice_rotations",
     "parameters_from_matrix",
@@ -29,6 +31,7 @@ __all__ = [
     "reduce_rows",
     "rotation_angle_deg",
     "same_orientation",
+    "symmetrised",
     "unimodular_matrices",
 ]
 
@@ -194,6 +197,17 @@ def read_cell(source: "str | Path | Sequence[float] | UnitCell", space_group: st
     return _from_numbers(parameters, space_group or found)
 
 
+def cell_file_text(cell: UnitCell) -> str:
+    """A CrystFEL unit cell file, version 1.0."""
+    lattice, unique = crystfel_lattice(cell)
+    lines = ["CrystFEL unit cell file version 1.0", "", f"lattice_type = {lattice}", f"centering = {cell.centring}"]
+    if unique != "*":
+        lines.append(f"unique_axis = {unique}")
+    lines += [f"{name} = {value:.5f} A" for name, value in zip("abc", cell.parameters[:3], strict=True)]
+    lines += [f"{n} = {v:.5f} deg" for n, v in zip(("al", "be", "ga"), cell.parameters[3:], strict=True)]
+    return "\n".join(lines) + "\n"
+
+
 def parameters_from_matrix(A: np.ndarray) -> tuple[float, float, float, float, float, float]:
     """(a, b, c, alpha, beta, gamma) of a reciprocal matrix with a*, b*, c* as columns."""
     rows = np.linalg.inv(np.asarray(A, float))
@@ -213,6 +227,23 @@ def hkl_symmetry_ops(cell: UnitCell) -> np.ndarray:
     matrices = {tuple(np.rint(np.array(op.rot).T / gemmi.Op.DEN).astype(int).ravel()) for op in ops}
     out = np.array(sorted(matrices)).reshape(-1, 3, 3)
     return out[np.rint(np.linalg.det(out)) > 0]
+
+
+def symmetrised(A: np.ndarray, cell: UnitCell) -> np.ndarray:
+    """The lattice with the symmetry of ``cell`` that is nearest to A: mean metric, same orientation.
+
+    Programs that refine all six parameters, or print few digits, give edges and angles that only nearly obey it.
+
+    Parameters
+    ----------
+    A : (3, 3), 1/Å, columns a*, b*, c*.
+    """
+    ops = hkl_symmetry_ops(cell).astype(float)
+    # hkl and W hkl are equally long.
+    metric = (ops.transpose(0, 2, 1) @ (A.T @ A) @ ops).mean(axis=0)
+    B = np.linalg.cholesky(metric).T
+    u, _, vt = np.linalg.svd(A @ np.linalg.inv(B))
+    return np.asarray(u @ vt @ B)
 
 
 def lattice_rotations(cell: UnitCell, tolerance: float = 2e-3) -> np.ndarray:
@@ -267,6 +298,19 @@ def rotation_angle_deg(R: np.ndarray) -> float:
     """Angle of a proper rotation matrix in degrees, exact also for small angles."""
     twice_sine = np.linalg.norm([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
     return float(np.degrees(np.arctan2(twice_sine, np.trace(R) - 1)))
+
+
+def crystfel_lattice(cell: UnitCell) -> tuple[str, str]:
+    """CrystFEL's lattice_type and unique_axis."""
+    lattice = cell.lattice
+    if lattice in ("tetragonal",):
+        return lattice, "c"
+    if lattice in ("trigonal", "hexagonal"):
+        return ("rhombohedral", "*") if cell.centring == "R" and cell.gamma < 100 else ("hexagonal", "c")
+    if lattice == "monoclinic":
+        angles = dict(zip("abc", cell.parameters[3:], strict=True))
+        return lattice, next((axis for axis, angle in angles.items() if abs(angle - 90) > 1e-3), "b")
+    return lattice, "*"
 
 
 def _check_parameters(parameters: Sequence[float]) -> None:

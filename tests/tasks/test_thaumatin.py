@@ -18,7 +18,10 @@ import numpy as np
 import pytest
 
 from storage.geometry import Geometry
-from storage.models import DetectorHeader
+from storage.models import DetectorHeader, StreamHeader
+from tasks.engines import EngineJob, dials_stills
+from tasks.engines.dials_stills import DialsParams
+from tasks.engines.engine import flat_geometry, spots_where_rays_enter
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Indexer
 from tasks.integrate_spots import IntegrationParams, integrate_spots
@@ -184,3 +187,46 @@ def reflection_columns(path):
 
     xyz = column("xyzobs.px.value", "<f8", 3)
     return column("miller_index", "<i4", 3).astype(int), xyz[:, 0], xyz[:, 1]
+
+
+# ---- as many spots as DIALS, on the same peaks
+
+STILLS = ("0005", "0011", "0014")
+
+
+@pytest.fixture(scope="module")
+def both():
+    """For each still: the peaks' vectors, our crystal, and DIALS's lattice found in the very same peaks."""
+    spots = {number: spots_of(number) for number in STILLS}
+    frame, _, geometry = still(STILLS[0])
+    header = StreamHeader(
+        experiment="thau", run=1, data_source="pilatus", shape=frame.shape, dtype="int32", frames_per_chunk=1,
+        detector=HEADER,
+    )  # fmt: skip
+    frames = [
+        spots_where_rays_enter(geometry, q, np.zeros(len(q), int), peaks["intensity"]) for peaks, q in spots.values()
+    ]
+    few = "indexing.basis_vector_combinations.max_combinations=100"
+    job = EngineJob(header, flat_geometry(geometry), CELL, tuple(frames))
+    answers = dials_stills.index(job, DialsParams(phil=(few,), frame_seconds=600.0))
+    indexer = Indexer(CELL, HEADER.incident_wavelength)
+    return {
+        number: (q, indexer(q, peaks["snr"])[0], answer.lattices[0])
+        for (number, (peaks, q)), answer in zip(spots.items(), answers, strict=True)
+    }
+
+
+@pytest.mark.dials
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("dials.stills_process"), reason="dials.stills_process is not on PATH")
+@pytest.mark.parametrize("number", STILLS)
+def test_at_least_as_many_spots_are_indexed_as_dials_indexes(number, both):
+    q, ours, lattice = both[number]
+    theirs = Indexer(CELL, HEADER.incident_wavelength).described(q, lattice.A)
+    assert ours.n_spots == theirs.n_spots
+    assert ours.n_indexed >= lattice.n_indexed  # what DIALS keeps after its own rejection of outliers
+    assert ours.n_indexed >= theirs.n_indexed  # the same count made with its matrix
+    np.testing.assert_allclose(ours.cell.parameters[:3], theirs.cell.parameters[:3], rtol=0.005)
+    np.testing.assert_allclose(ours.cell.parameters[:3], CELL.parameters[:3], rtol=0.005)
+    assert same_orientation(ours.A, lattice.A, CELL, tolerance_deg=0.5)[0]

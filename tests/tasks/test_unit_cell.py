@@ -12,6 +12,7 @@ from tasks.unit_cell import (
     parameters_from_matrix,
     read_cell,
     same_orientation,
+    symmetrised,
 )
 
 CELLS = {
@@ -172,3 +173,18 @@ def test_bad_groups_and_files_say_why(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(BadCell, match=name.replace(".", r"\.") if name != "b.cell" else "unit in"):
             read_cell(tmp_path / name)
+
+
+@TABLE
+def test_a_nearly_symmetric_lattice_gets_its_symmetry(numbers, group, n_lattice, n_point, n_centred):
+    cell, rng = UnitCell(*numbers, group), np.random.default_rng(5)
+    exact = Rotation.random(random_state=rng).as_matrix() @ cell.B
+    np.testing.assert_allclose(symmetrised(exact, cell), exact, atol=1e-12)
+    bent = exact @ (np.eye(3) + rng.normal(0, 3e-3, (3, 3)))
+    found = symmetrised(bent, cell)
+    # It is one only if the metric is; a bent one is refused.
+    np.testing.assert_allclose(cell.with_matrix(found).parameters, parameters_from_matrix(bent), rtol=0.02)
+    assert same_orientation(found, exact, cell, tolerance_deg=0.5)[0]
+    if n_point > 1:
+        with pytest.raises(BadCell):
+            cell.with_matrix(bent)

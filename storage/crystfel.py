@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Literal, Self
 import numpy as np
 
 from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
-from storage.geometry import Geometry, Panel
+from storage.geometry import Geometry
+from storage.geometry_formats.crystfel_geom import panel_lines
 from storage.models import StreamHeader
 from storage.photons import energy_from_wavelength
 
@@ -185,7 +186,7 @@ def geometry_file(
     lines = [
         f"; {header.experiment} run {header.run} {header.data_source}, written by Nearline",
         f"photon_energy = {energy_from_wavelength(geometry.wavelength):.6f} eV",
-        f"clen = {first.corner[2]:.9g} m",
+        f"clen = {first.corner[2]:.12g} m",
         f"adu_per_photon = {adu_per_photon:g}",
         f"data = {data_path}",
         "dim0 = %",
@@ -201,7 +202,7 @@ def geometry_file(
         # NXmx: bits 0 to 15 say "do not use"; bit 31 (virtual pixel) is no reason.
         lines += [f"mask0_data = {mask_path}", "mask0_goodbits = 0x0", "mask0_badbits = 0xffff"]
     for panel in geometry.panels:
-        lines += ["", *_panel_lines(panel, first.corner[2])]
+        lines += ["", *panel_lines(panel, first.corner[2])]
     lines += ["", f"group_all = {','.join(p.name for p in geometry.panels)}"]
     return "\n".join(lines) + "\n"
 
@@ -585,33 +586,6 @@ def _geometry(header: StreamHeader) -> Geometry:
         )
     slow, fast = header.shape
     return Geometry.from_header(header.detector, (slow, fast))
-
-
-def _panel_lines(panel: Panel, clen: float) -> list[str]:
-    (y0, x0), (slow, fast) = panel.origin, panel.shape
-    res = 1.0 / float(np.linalg.norm(panel.fast))
-    corner = np.asarray(panel.corner) * res
-    lines = [
-        f"{panel.name}/min_fs = {x0}",
-        f"{panel.name}/max_fs = {x0 + fast - 1}",
-        f"{panel.name}/min_ss = {y0}",
-        f"{panel.name}/max_ss = {y0 + slow - 1}",
-        f"{panel.name}/res = {res:.9g}",
-        f"{panel.name}/fs = {_direction(panel.fast, res)}",
-        f"{panel.name}/ss = {_direction(panel.slow, res)}",
-        f"{panel.name}/corner_x = {corner[0]:.6f}",
-        f"{panel.name}/corner_y = {corner[1]:.6f}",
-    ]
-    if panel.corner[2] != clen:
-        lines.append(f"{panel.name}/coffset = {panel.corner[2] - clen:.9f}")
-    return lines
-
-
-def _direction(step: Iterable[float], res: float) -> str:
-    """A pixel step in CrystFEL's form, such as -1.000000x +0.000000y; z only where the panel is tilted."""
-    # Rounded first and zero added, so that neither -0.0 nor 1e-17 is printed.
-    x, y, z = (round(s * res, 9) + 0.0 for s in step)
-    return f"{x:+.9f}x {y:+.9f}y" + (f" {z:+.9f}z" if z else "")
 
 
 def _largest_count(header: StreamHeader) -> int:

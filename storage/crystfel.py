@@ -23,7 +23,7 @@ import numpy as np
 
 from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
 from storage.geometry import Geometry
-from storage.geometry_formats.crystfel_geom import panel_lines
+from storage.geometry_formats.crystfel_geom import bad_lines, panel_lines
 from storage.models import StreamHeader
 from storage.photons import energy_from_wavelength
 
@@ -163,6 +163,7 @@ def geometry_file(
     mask_file: str | None = None,
     mask_path: str | None = None,
     adu_per_photon: float = 1.0,
+    bad: Sequence[tuple[int, int, int, int]] = (),
 ) -> str:
     """The CrystFEL geometry file for frames exported by :class:`storage.nexus.NxmxWriter`.
 
@@ -174,6 +175,7 @@ def geometry_file(
     mask_file : HDF5 file of the mask; default the data file itself.
     mask_path : HDF5 path of an NXmx pixel mask, or None for no mask.
     adu_per_photon : counts per photon, for sigma(I).
+    bad : rectangles of the frame's array that must not be used, as in `storage.panels.DetectorGeometry`.
 
     Raises
     ------
@@ -203,6 +205,7 @@ def geometry_file(
         lines += [f"mask0_data = {mask_path}", "mask0_goodbits = 0x0", "mask0_badbits = 0xffff"]
     for panel in geometry.panels:
         lines += ["", *panel_lines(panel, first.corner[2])]
+    lines += bad_lines(geometry.panels, bad)
     lines += ["", f"group_all = {','.join(p.name for p in geometry.panels)}"]
     return "\n".join(lines) + "\n"
 
@@ -429,10 +432,7 @@ class CrystfelStreamWriter:
 
     def _panels_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """(n,), the number of the panel under each position."""
-        found = np.full(len(x), -1)
-        for k, panel in enumerate(self.geometry.panels):
-            (y0, x0), (slow, fast) = panel.origin, panel.shape
-            found[(x >= x0) & (x <= x0 + fast) & (y >= y0) & (y <= y0 + slow)] = k
+        found = self.geometry.panel_at(x, y)
         if (found < 0).any():
             i = int(np.argmax(found < 0))
             raise BadFrame(f"position x {x[i]:.2f}, y {y[i]:.2f} px is on no panel; leave it out or check the units")
@@ -440,12 +440,7 @@ class CrystfelStreamWriter:
 
     def _q_invnm(self, x: np.ndarray, y: np.ndarray, panels: np.ndarray) -> np.ndarray:
         """|q| = 1/d in nm^-1 at positions of the frame's array."""
-        q = np.zeros(len(x))
-        for k, panel in enumerate(self.geometry.panels):
-            on = panels == k
-            vectors = self.geometry.scattering_vector(x[on] - panel.origin[1], y[on] - panel.origin[0], k)
-            q[on] = 10.0 * np.linalg.norm(vectors, axis=-1)
-        return q
+        return np.asarray(10.0 * np.linalg.norm(self.geometry.q_at(x, y, panels), axis=-1))
 
 
 def read_preamble(path: str | os.PathLike[str]) -> StreamPreamble:

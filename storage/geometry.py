@@ -151,10 +151,11 @@ class Geometry:
             return 0
         outside = []
         for number, panel in enumerate(self.panels):
-            x, y = self._on_plane(number)
-            (slow, fast) = panel.shape
-            outside.append(np.hypot(max(-x, x - fast, 0.0), max(-y, y - slow, 0.0)) * np.linalg.norm(panel.fast))
-        return int(np.argmin(np.nan_to_num(np.array(outside), nan=np.inf)))
+            (x, y), (slow, fast) = self._on_plane(number), panel.shape
+            is_met = np.isfinite(x)
+            off = np.hypot(max(-x, x - fast, 0.0), max(-y, y - slow, 0.0)) * np.linalg.norm(panel.fast)
+            outside.append(off if is_met else np.inf)
+        return int(np.argmin(outside))
 
     @property
     def beam_center(self) -> tuple[float, float]:
@@ -178,6 +179,27 @@ class Geometry:
         p = self.panels[self.central_panel]
         normal = np.cross(p.fast, p.slow)
         return float(np.degrees(np.arctan2(np.hypot(normal[0], normal[1]), abs(normal[2]))))
+
+    @property
+    def q_at_corner(self) -> float:
+        """|q| at the farthest corner of any panel, 1/Å."""
+        corners = []
+        for number, panel in enumerate(self.panels):
+            x, y = np.array([0, panel.shape[1], 0, panel.shape[1]]), np.array([0, 0, panel.shape[0], panel.shape[0]])
+            corners.append(np.linalg.norm(self.scattering_vector(x, y, number), axis=-1).max())
+        return float(max(corners))
+
+    @property
+    def q_at_edge(self) -> float:
+        """|q| of the largest full circle around the beam in the frame's array, 1/Å.
+
+        Of several panels the rectangle around them counts, as if the central one went on to its edges.
+        """
+        x, y = self.beam_center
+        slow, fast = (max(p.end[axis] for p in self.panels) for axis in (0, 1))
+        edges = np.array([[0, y], [fast, y], [x, 0], [x, slow]], float)
+        q = self.q_at(edges[:, 0], edges[:, 1], np.full(4, self.central_panel))
+        return float(np.linalg.norm(q, axis=1).min())
 
     def _on_plane(self, panel: int) -> tuple[float, float]:
         """(x, y) px of a panel where the direct beam meets its plane; NaN where it does not."""
@@ -255,6 +277,20 @@ class Geometry:
             for x0, x1, y0, y1 in _slopes(self)
         ]
         return np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+
+    def project_at(self, q: np.ndarray, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `project`, each ray (n, 3) onto the plane of a panel (n,) of its own, in px of the frame's array."""
+        origin = np.array([p.origin for p in self.panels])[panel]
+        x, y = self._project_onto(np.asarray(q, float), np.asarray(panel))
+        return x + origin[:, 1], y + origin[:, 0]
+
+    def px_per_ray(self, q: np.ndarray, panel: np.ndarray) -> np.ndarray:
+        """Derivatives (n, 2, 3), px per 1/Å, of `project_at`'s x and y by the components of q; without parallax."""
+        k = np.asarray(q, float) + np.array([0.0, 0.0, 1.0 / self.wavelength])
+        inverse = _inverses(self.panels)[panel]
+        solved = np.einsum("nij,nj->ni", inverse, k)
+        at = solved[:, 1:] / solved[:, :1]
+        return np.asarray((inverse[:, 1:] - at[:, :, None] * inverse[:, :1]) / solved[:, :1, None])
 
     def _project_onto(self, q: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `project`, each ray onto the plane of a panel of its own."""

@@ -18,7 +18,7 @@ from storage.geometry import Geometry
 from storage.panels import DetectorGeometry, Panel, rectangles_of
 from storage.photons import energy_from_wavelength, wavelength_from_energy
 
-__all__ = ["compose", "panel_lines", "parse"]
+__all__ = ["bad_lines", "compose", "panel_lines", "parse"]
 
 _VECTOR = re.compile(r"\s*([+-]?)\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)?\s*([xyz])\s*")
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zÅ]*)\s*$")
@@ -80,11 +80,7 @@ def compose(geometry: Geometry, bad: Sequence[tuple[int, int, int, int]] = ()) -
     ]
     for panel in geometry.panels:
         lines += ["", *panel_lines(panel, clen)]
-    for number, (y0, y1, x0, x1) in enumerate(bad):
-        for panel in geometry.panels:
-            part = max(y0, panel.origin[0]), min(y1, panel.end[0]), max(x0, panel.origin[1]), min(x1, panel.end[1])
-            if part[0] < part[1] and part[2] < part[3]:
-                lines += ["", *_bad_lines(f"bad{number}_{panel.name}", panel, part)]
+    lines += bad_lines(geometry.panels, bad)
     lines += ["", f"group_all = {','.join(p.name for p in geometry.panels)}"]
     return "\n".join(lines) + "\n"
 
@@ -107,6 +103,17 @@ def panel_lines(panel: Panel, clen: float) -> list[str]:
     ]
     if panel.corner[2] != clen:
         lines.append(f"{panel.name}/coffset = {panel.corner[2] - clen:.12f}")
+    return lines
+
+
+def bad_lines(panels: Sequence[Panel], bad: Sequence[tuple[int, int, int, int]]) -> list[str]:
+    """The lines of regions that must not be used, each on the panels that it touches."""
+    lines = []
+    for number, (y0, y1, x0, x1) in enumerate(bad):
+        for panel in panels:
+            part = max(y0, panel.origin[0]), min(y1, panel.end[0]), max(x0, panel.origin[1]), min(x1, panel.end[1])
+            if part[0] < part[1] and part[2] < part[3]:
+                lines += ["", *_bad_lines(f"bad{number}_{panel.name}", panel, part)]
     return lines
 
 

@@ -147,21 +147,13 @@ class Geometry:
     @property
     def central_panel(self) -> int:
         """Number of the panel that the direct beam meets, or passes at the smallest distance of its edges."""
-        if len(self.panels) == 1:
-            return 0
-        outside = []
-        for number, panel in enumerate(self.panels):
-            (x, y), (slow, fast) = self._on_plane(number), panel.shape
-            is_met = np.isfinite(x)
-            off = np.hypot(max(-x, x - fast, 0.0), max(-y, y - slow, 0.0)) * np.linalg.norm(panel.fast)
-            outside.append(off if is_met else np.inf)
-        return int(np.argmin(outside))
+        return _central(self.panels) if len(self.panels) > 1 else 0
 
     @property
     def beam_center(self) -> tuple[float, float]:
         """(x, y) px in the frame's array where the direct beam meets the plane of the central panel; NaN if nowhere."""
         number = self.central_panel
-        (y0, x0), (x, y) = self.panels[number].origin, self._on_plane(number)
+        (y0, x0), (x, y) = self.panels[number].origin, _beam_on(self.panels[number])
         return x + x0, y + y0
 
     @property
@@ -200,15 +192,6 @@ class Geometry:
         edges = np.array([[0, y], [fast, y], [x, 0], [x, slow]], float)
         q = self.q_at(edges[:, 0], edges[:, 1], np.full(4, self.central_panel))
         return float(np.linalg.norm(q, axis=1).min())
-
-    def _on_plane(self, panel: int) -> tuple[float, float]:
-        """(x, y) px of a panel where the direct beam meets its plane; NaN where it does not."""
-        p = self.panels[panel]
-        across = np.array([p.fast[:2], p.slow[:2]]).T
-        if abs(np.linalg.det(across)) < 1e-12 * np.linalg.norm(p.fast) * np.linalg.norm(p.slow):
-            return float("nan"), float("nan")
-        x, y = np.linalg.solve(across, -np.asarray(p.corner[:2]))
-        return float(x), float(y)
 
     def panel_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """(…,) number of the panel at points (x fast, y slow) px of the frame's array; -1 off every panel.
@@ -355,11 +338,39 @@ class Geometry:
         return np.asarray(self.sensor.mean_path(np.abs(cosine))[..., None] * along)
 
     def radius_px(self, panel: int = 0) -> np.ndarray:
-        """Distance of each pixel's centre from the beam axis, (slow, fast), in fast-pixel widths."""
+        """Distance of each pixel's centre from the beam axis, (slow, fast), in fast-pixel widths.
+
+        On tilted panels, and on several, that of its ray in the plane at the detector's distance, so that a ring is a
+        scattering angle; infinite where a ray goes backwards.
+        """
         p = self.panels[panel]
         y, x = np.mgrid[0 : p.shape[0], 0 : p.shape[1]] + 0.5
         r = self.lab_position(x, y, panel)
-        return (np.hypot(r[..., 0], r[..., 1]) / np.linalg.norm(p.fast)).astype(np.float32)
+        across = np.hypot(r[..., 0], r[..., 1])
+        if len(self.panels) > 1 or p.fast[2] or p.slow[2]:
+            with np.errstate(divide="ignore"):
+                across = np.where(r[..., 2] > 0, across * (self.distance / r[..., 2]), np.inf)
+        return (across / np.linalg.norm(p.fast)).astype(np.float32)
+
+
+def _beam_on(panel: Panel) -> tuple[float, float]:
+    """(x, y) px of a panel where the direct beam meets its plane; NaN where it does not."""
+    across = np.array([panel.fast[:2], panel.slow[:2]]).T
+    if abs(np.linalg.det(across)) < 1e-12 * np.linalg.norm(panel.fast) * np.linalg.norm(panel.slow):
+        return float("nan"), float("nan")
+    x, y = np.linalg.solve(across, -np.asarray(panel.corner[:2]))
+    return float(x), float(y)
+
+
+@lru_cache(maxsize=16)
+def _central(panels: tuple[Panel, ...]) -> int:
+    """As `Geometry.central_panel`."""
+    outside = []
+    for panel in panels:
+        (x, y), (slow, fast) = _beam_on(panel), panel.shape
+        off = np.hypot(max(-x, x - fast, 0.0), max(-y, y - slow, 0.0)) * np.linalg.norm(panel.fast)
+        outside.append(off if np.isfinite(x) else np.inf)
+    return int(np.argmin(outside))
 
 
 def _parallax_of(rays: np.ndarray, normal: np.ndarray, sensor: Sensor) -> np.ndarray:

@@ -619,7 +619,8 @@ def _detector_fields(header: StreamHeader, detector: DetectorHeader, geometry: G
         "description": detector.description or None,
         "serial_number": detector.serial_number or None,
         "sensor_material": _MATERIALS.get(material.lower(), material),
-        "sensor_thickness": (detector.sensor_thickness, "m"),
+        # dxtbx refuses a sensor without depth; one of 1 nm has no parallax either.
+        "sensor_thickness": (detector.sensor_thickness or 1e-9, "m"),
         "x_pixel_size": (detector.pixel_size_x, "m"),
         "y_pixel_size": (detector.pixel_size_y, "m"),
         "distance": (geometry.distance, "m"),

@@ -47,6 +47,11 @@ def parse(text: str) -> DetectorGeometry:
         ) from None
     if len(content["detector"]) > 1:
         notes.append(f"{len(content['detector'])} detectors are in the file; the first experiment's is taken")
+    if len(panels) > 1 and not any(any(panel.origin) for panel in panels):
+        raise BadGeometry(
+            f"where its {len(panels)} panels lie in the frame's array is not in the file, as of those that DIALS makes "
+            "of NeXus files with several modules; give each panel a raw_image_offset (fast, slow), or use a .geom"
+        )
     onto_z = _onto_z(beam)
     first = detector["panels"][0]
     corrects = str(first.get("px_mm_strategy", {}).get("type", "")).startswith("Parallax")

@@ -1,5 +1,12 @@
 """Frames of a detector of four tilted and displaced panels, processed with and without knowing where these are."""
 
+import json
+import os
+import shutil
+import subprocess
+
+import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 
@@ -9,16 +16,16 @@ from flows.replaying import replay
 from flows.run_processing import ProcessRequest, run_processing
 from flows.run_tally import geometry_of, usual_d_min
 from storage.crystfel import read_preamble
-from storage.errors import NearlineError
+from storage.errors import BadGeometry, NearlineError
 from storage.geometry import Geometry
-from storage.geometry_formats import write_geometry
+from storage.geometry_formats import read_geometry, write_geometry
 from storage.run_folder import RunFolder
 from storage.step_store import Processing
 from streaming.retrieval import open_run
 from streaming.simulator import StillPhysics, StillSimulator, make_frames
 from tasks.recipe import load_recipe
 from tasks.unit_cell import read_cell, same_orientation
-from tests.flows.panels import SHAPE, flat_header, four_panels, header_of
+from tests.flows.panels import ORIGINS, SHAPE, flat_header, four_panels, header_of
 from tests.flows.stored_runs import store_run
 
 N_FRAMES = 16
@@ -26,7 +33,7 @@ CELL = read_cell("79.1,79.1,37.9,90,90,90", "P 43 21 2")
 RECIPE = {
     "sample": {"cell": CELL.parameters, "space_group": CELL.space_group},
     "steps": [{"use": "find_peaks"}, {"use": "index"}, {"use": "integrate"}],
-    "export": {"nexus": "none"},
+    "export": {"nexus": "hits"},
 }
 
 
@@ -141,6 +148,47 @@ def test_the_stream_for_crystfel_names_the_panels(known):
     text = read_preamble(path).geometry
     assert "q3/min_fs = 262" in text
     assert "q0/coffset" in text or "q1/coffset" in text
+
+
+def test_the_nexus_file_has_a_module_for_each_panel(known, run):
+    (path,) = (run.path / "nexus").glob(f"*_{known.name}.h5")
+    with h5py.File(path) as file:
+        detector = file["entry/instrument/detector"]
+        modules = [detector[name] for name in sorted(detector) if name.startswith("module")]
+        assert [tuple(module["data_origin"][()]) for module in modules] == list(ORIGINS)
+        for module, panel in zip(modules, four_panels().panels, strict=True):
+            x, y, z = module["module_offset"].attrs["offset"]
+            at = [x, y, z + detector["transformations/det_z"][0] * 1e-3]
+            np.testing.assert_allclose(at, panel.corner, atol=2e-9)
+            fast = module["fast_pixel_direction"]
+            np.testing.assert_allclose(fast[()] * fast.attrs["vector"], panel.fast, atol=1e-12)
+
+
+@pytest.mark.dials
+@pytest.mark.skipif(shutil.which("dials.import") is None, reason="DIALS is not installed")
+def test_dials_sees_the_panels_of_the_nexus_file_where_they_stand(known, run, tmp_path):
+    (path,) = (run.path / "nexus").glob(f"*_{known.name}.h5")
+    shutil.copy(path, tmp_path / "hits.h5")
+    with h5py.File(tmp_path / "hits.h5", "r+") as file:
+        # DIALS 3.12 cannot cut a mask into modules that lie side by side; this is about where they are.
+        del file["entry/instrument/detector/pixel_mask"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
+    environment["HDF5_PLUGIN_PATH"] = hdf5plugin.PLUGIN_PATH
+    done = subprocess.run(
+        ["dials.import", "hits.h5", "output.experiments=seen.expt"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-800:] + done.stderr[-800:]
+    with pytest.raises(BadGeometry, match="raw_image_offset"):
+        read_geometry(tmp_path / "seen.expt")
+    content = json.loads((tmp_path / "seen.expt").read_text())
+    for panel, (slow, fast) in zip(content["detector"][0]["panels"], ORIGINS, strict=True):
+        panel["raw_image_offset"] = [fast, slow]
+    (tmp_path / "seen.expt").write_text(json.dumps(content))
+    seen = read_geometry(tmp_path / "seen.expt")
+    for one, truth in zip(seen.panels, four_panels().panels, strict=True):
+        for name in ("corner", "fast", "slow"):
+            np.testing.assert_allclose(getattr(one, name), getattr(truth, name), atol=2e-9)
 
 
 def test_comparing_names_the_geometry(known, flat, run):

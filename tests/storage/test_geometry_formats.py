@@ -423,6 +423,10 @@ def test_a_beam_off_the_axis_is_turned_onto_it_with_the_detector(tmp_path):
     [
         ("{", "line 1: not JSON"),
         ("{}", "no detector in it"),
+        (
+            geometry_text(".expt", four_panels()).replace("266", "0").replace("310", "0"),
+            "where its 4 panels lie in the frame's array is not in the file",
+        ),
         ('{"detector": [{"panels": [{"origin": [0, 0, 1]}]}]}', "not an experiment list .*'fast_axis'"),
     ],
 )
@@ -535,3 +539,21 @@ def test_marked_pixels_are_made_up_of_rectangles():
         assert not again[y0:y1, x0:x1].any()
         again[y0:y1, x0:x1] = True
     np.testing.assert_array_equal(again, marked)
+
+
+def test_a_ring_is_a_scattering_angle_on_whatever_panel():
+    """A cone of 10° meets panels at 0.1 m and 0.13 m, the second tilted, in pixels of one radius."""
+    near, far = (
+        panel("a", (0, 0, 0), (0.015, 0, 0.1), (200, 200)),
+        panel("b", (4, 9, 0), (-0.02, 0, 0.13), (200, 200), (0, 200)),
+    )
+    geometry = Geometry((near, far), WAVELENGTH)
+    rings = []
+    for number in range(2):
+        y, x = np.mgrid[0:200, 0:200] + 0.5
+        r = geometry.lab_position(x, y, number)
+        on = np.abs(np.degrees(np.arctan2(np.hypot(r[..., 0], r[..., 1]), r[..., 2])) - 10) < 0.01
+        assert on.sum() > 20
+        rings.append(geometry.radius_px(number)[on])
+    expected = geometry.distance * np.tan(np.radians(10)) / PIXEL
+    np.testing.assert_allclose(np.concatenate(rings), expected, rtol=2e-3)

@@ -9,6 +9,7 @@ from flows.run_warnings import N_RINGS, RING_WIDTH, ChunkFigures
 from storage.geometry import Geometry
 from storage.models import DetectorHeader
 from storage.step_store import ChunkManifest, StepStore
+from tasks.steps import scattering_vectors
 
 __all__ = ["beam_shifts", "figures_of_chunk", "newest_table"]
 
@@ -57,8 +58,9 @@ def _of_peaks(peaks: pa.Table, detector: DetectorHeader) -> dict[str, Any]:
     if len(peaks):
         found["background"] = float(np.median(peaks["background"].to_numpy()))
     if len(peaks) and detector.detector_distance and (detector.incident_wavelength or detector.incident_energy):
-        geometry = Geometry.from_header(detector, (1, 1))
-        q = np.linalg.norm(geometry.scattering_vector(peaks["x"].to_numpy(), peaks["y"].to_numpy()), axis=1)
+        # Of the frames only that the panels are on them matters here.
+        shape = max([1, *(p.end[0] for p in detector.panels)]), max([1, *(p.end[1] for p in detector.panels)])
+        q = np.linalg.norm(scattering_vectors(Geometry.from_header(detector, shape), peaks), axis=1)
         rings = np.bincount((q / RING_WIDTH).astype(int), minlength=N_RINGS)[:N_RINGS]
         found["rings"] = rings.astype(np.uint32)
     return found

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import blake3
 import numpy as np
 import pyarrow as pa
 
@@ -192,7 +193,16 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
     steps = {step["name"]: {k: v for k, v in step.items() if k != "name"} for step in recipe.pop("steps", [])}
     order = " → ".join(steps)
     recipe.pop("name", None)
+    if geometry := (recipe.get("detector") or {}).get("geometry"):
+        shown = f"{geometry.get('file') or 'panels'} {_content_digest(geometry)}"
+        recipe["detector"] = recipe["detector"] | {"geometry": shown}
     return dict(flatten({**steps, "order of steps": order, **recipe, "data source": manifest.data_source}))
+
+
+def _content_digest(geometry: Mapping[str, Any]) -> str:
+    """Of where the panels are, short: a file may have been rewritten with the same content."""
+    content = {name: value for name, value in geometry.items() if name not in ("file", "digest", "notes")}
+    return blake3.blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _code(processing: Processing, manifest: Manifest) -> dict[str, Any]:

@@ -15,11 +15,14 @@ from flows.run_tally import cell_of, header_of
 from storage.crystfel import geometry_file
 from storage.errors import BadRecipe
 from storage.files import replace
-from storage.geometry import override_detector
+from storage.geometry import Geometry, override_detector
+from storage.geometry_formats import write_geometry as write_file
 from storage.models import DetectorHeader, Record
+from storage.panels import DetectorGeometry
 from storage.step_store import Processing
-from tasks.recipe import load_recipe
-from tasks.refine_detector import CrystalSpots, DetectorRefinement, refine_detector
+from tasks.recipe import Recipe, load_recipe
+from tasks.refine_detector import DetectorRefinement, refine_detector
+from tasks.refine_panels import CrystalSpots, PanelShift
 from tasks.steps import read_crystal, rows_by_frame
 from tasks.unit_cell import UnitCell
 
@@ -29,6 +32,21 @@ __all__ = ["DetectorFindings", "detector_of", "draw_detector", "write_geometry",
 _NOTABLE_PX = 0.3
 # Relative; a cell that differs by more may as well be a distance.
 _NOTABLE_SCALE = 1e-3
+
+
+class PanelFinding(Record):
+    """Where a panel is against where it was taken to be, along its own axes; None with too few spots."""
+
+    name: str
+    n_spots: int
+    fast: float | None = Field(description="px")
+    slow: float | None = Field(description="px")
+    sigma_fast: float | None = Field(description="px, standard deviation")
+    sigma_slow: float | None = Field(description="px, standard deviation")
+
+    @classmethod
+    def of(cls, found: PanelShift) -> "PanelFinding":
+        return cls(**{name: getattr(found, name) for name in cls.model_fields})
 
 
 class DetectorFindings(Record):
@@ -47,7 +65,8 @@ class DetectorFindings(Record):
     cell_scale: float = Field(description="refined cell edges over those given")
     cell_scale_sigma: float
     largest_residual: float | None = Field(description="px, of the region of the detector that is off by most")
-    is_clear: bool = Field(description="the assumed beam centre is certainly wrong")
+    is_clear: bool = Field(description="the assumed beam centre, or the place of a panel, is certainly wrong")
+    panels: tuple[PanelFinding, ...] = Field((), description="of a geometry of several panels")
     words: tuple[str, ...] = Field(description="the same in words, and what to do")
 
 
@@ -80,26 +99,55 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
         cell_scale_sigma=found.cell_scale_sigma,
         largest_residual=residual if math.isfinite(residual) else None,
         is_clear=found.is_clear,
+        panels=tuple(map(PanelFinding.of, found.panels)),
         words=tuple(_words(found, header.detector)),
     ), found
 
 
-def write_recipe(processing: Processing, findings: DetectorFindings, path: Path) -> None:
-    """The processing's recipe with the beam centre found, to reprocess with."""
+def write_recipe(processing: Processing, findings: DetectorFindings, found: DetectorRefinement, path: Path) -> None:
+    """The processing's recipe with the beam centre, or the panels, as found, to reprocess with."""
     recipe = load_recipe(dict(processing.manifest.recipe))
-    detector = {name: value for name, value in recipe.detector.items() if value is not None}
-    detector |= {"beam_center_x": round(findings.beam_center_x, 4), "beam_center_y": round(findings.beam_center_y, 4)}
-    content = recipe.model_dump(mode="json", exclude_defaults=True) | {"detector": detector}
-    head = f"# {findings.run}:{findings.processing} with the beam centre of its {findings.n_crystals} crystals\n"
+    content = recipe.model_dump(mode="json", exclude_defaults=True)
+    detector = {name: value for name, value in recipe.detector.items() if name != "geometry"}
+    if recipe.geometry is not None:
+        # The new places have any other distance that the recipe gave in them.
+        detector.pop("detector_distance", None)
+        content["detector"] = detector | {"geometry": _moved(recipe, found).model_dump(mode="json")}
+    else:
+        centre = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
+        content["detector"] = detector | {name: round(value, 4) for name, value in centre.items()}
+    what = "panels" if recipe.geometry is not None else "beam centre"
+    head = f"# {findings.run}:{findings.processing} with the {what} of its {findings.n_crystals} crystals\n"
     replace(path, (head + yaml.safe_dump(content, sort_keys=False)).encode())
 
 
-def write_geometry(processing: Processing, findings: DetectorFindings, path: Path) -> None:
-    """A CrystFEL ``.geom`` with the beam centre found."""
-    header = header_of(processing)
-    moved = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
-    detector = override_detector(header.detector or DetectorHeader(), moved)
-    replace(path, geometry_file(header.model_copy(update={"detector": detector})).encode())
+def write_geometry(processing: Processing, findings: DetectorFindings, found: DetectorRefinement, path: Path) -> None:
+    """A geometry file with the beam centre, or the panels, as found: .geom, .expt or .poni by its suffix.
+
+    Raises
+    ------
+    BadGeometry : another suffix, or panels that the format has no words for.
+    """
+    header, recipe = header_of(processing), load_recipe(dict(processing.manifest.recipe))
+    detector = header.detector or DetectorHeader()
+    if found.moved:
+        detector = override_detector(detector, {"geometry": _moved(recipe, found)})
+    else:
+        moved = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
+        detector = override_detector(detector, moved)
+    bad = recipe.geometry.bad if recipe.geometry else ()
+    if path.suffix.lower() == ".geom":
+        text = geometry_file(header.model_copy(update={"detector": detector}), bad=bad)
+        replace(path, text.encode())
+    else:
+        write_file(path, Geometry.from_header(detector, (header.shape[0], header.shape[1])), bad)
+
+
+def _moved(recipe: Recipe, found: DetectorRefinement) -> DetectorGeometry:
+    """The recipe's geometry with its panels where they were found to be."""
+    known = recipe.geometry or DetectorGeometry(panels=found.moved)
+    new = {"panels": found.moved, "distance": Geometry(found.moved, 1.0).distance, "digest": ""}
+    return known.model_copy(update=new)
 
 
 def draw_detector(path: Path, findings: DetectorFindings, found: DetectorRefinement, shape: tuple[int, int]) -> None:
@@ -148,12 +196,13 @@ def _words(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]
     x, y = found.shift
     sigma = max(*found.shift_sigma, 0.01)
     where = f"({detector.beam_center_x:.2f}, {detector.beam_center_y:.2f})"
-    if found.is_clear:
+    yield from _words_of_panels(found)
+    if found.is_clear and not found.panels:
         yield (
             f"the beam centre is off by ({x:+.2f}, {y:+.2f}) ± {sigma:.2f} px: it is at "
             f"({found.beam_center[0]:.2f}, {found.beam_center[1]:.2f}), not {where}; reprocess with it"
         )
-    else:
+    elif not found.panels:
         yield f"the beam centre {where} is right within {max(3 * sigma, 0.05):.2f} px"
     if abs(found.cell_scale - 1) > max(_NOTABLE_SCALE, 3 * found.cell_scale_sigma):
         yield (
@@ -165,6 +214,24 @@ def _words(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]
             f"a region of the detector is off by {found.largest_residual:.2f} px from the rest: a displaced module, a "
             "tilt, or a beam that is not at right angles; look at the picture"
         )
+
+
+def _words_of_panels(found: DetectorRefinement) -> Iterator[str]:
+    clear = [panel for panel in found.panels if panel.is_clear]
+    for panel in clear:
+        fast, slow = panel.fast or 0.0, panel.slow or 0.0
+        sigma = max(panel.sigma_fast or 0.0, panel.sigma_slow or 0.0, 0.01)
+        yield (
+            f"panel {panel.name} is displaced by ({fast:+.2f}, {slow:+.2f}) ± {sigma:.2f} px "
+            "along its fast and slow axes"
+        )
+    few = [panel.name for panel in found.panels if panel.fast is None]
+    if few:
+        yield f"too few spots to place {', '.join(few)}: moved with the others"
+    if clear:
+        yield "write the panels found with --geometry or --write, and reprocess with them"
+    elif found.panels and not few:
+        yield f"all {len(found.panels)} panels are where they were taken to be, within three standard deviations"
 
 
 def _crystals(processing: Processing, cell: UnitCell) -> Iterator[CrystalSpots]:

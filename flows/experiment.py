@@ -508,6 +508,9 @@ def _recipe_content(experiment: Experiment, name: str | None) -> dict[str, Any]:
     content.setdefault("name", name)
     if isinstance(content.get("mask"), str):
         content["mask"] = str(folder / content["mask"])
+    detector = content.get("detector")
+    if isinstance(detector, dict) and isinstance(detector.get("geometry"), str):
+        content["detector"] = detector | {"geometry": str(folder / detector["geometry"])}
     if isinstance(content.get("sample"), dict):
         content["sample"] = _with_cell_file(content["sample"], folder)
     return content

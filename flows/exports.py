@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from flows.run_tally import header_of
 from flows.step_history import StepHistory
 from storage.crystfel import CrystfelStreamWriter, StreamCrystal, StreamPeaks, StreamReflections, geometry_file
 from storage.errors import RunNotFound
@@ -116,7 +117,12 @@ class RunExporter:
         folder.mkdir(parents=True, exist_ok=True)
         nexus = self.files.get("nexus")
         has_mask = nexus is not None and self._has_mask
-        geometry = geometry_file(self._header, data_path=DATA_PATH, mask_path=MASK_PATH if has_mask else None)
+        geometry = geometry_file(
+            self._header,
+            data_path=DATA_PATH,
+            mask_path=MASK_PATH if has_mask else None,
+            bad=self._recipe.geometry.bad if self._recipe.geometry else (),
+        )
         cell = self._recipe.sample.unit_cell if self._recipe.sample else None
         self.files["geometry"] = folder / f"{stem}.geom"
         self.files["geometry"].write_text(geometry)
@@ -169,7 +175,8 @@ def export_stream(
     Parameters
     ----------
     path : of the file; with ``frames_per_file`` of its master.
-    processing : export only the hits of this processing; all frames without it.
+    processing : export only the hits of this processing, with the detector as its recipe has it; all frames without
+        it, with the detector as it described itself.
     progress : called with (frames done, frames in all).
 
     Returns
@@ -187,7 +194,7 @@ def export_stream(
     path.parent.mkdir(parents=True, exist_ok=True)
     with NxmxWriter(
         path,
-        stream.header,
+        header_of(chosen) if chosen else stream.header,
         pixel_mask=stream.pixel_mask,
         run_header=run.header,
         sample=run.header.sample,

@@ -207,7 +207,10 @@ class _Replay:
             user = read_mask(Path(path)) if path else None
         except NearlineError as error:
             self._differ("mask", str(error))
-        mask = usable_mask(self._source.plane("pixel_mask"), self._source.header.shape, user)
+        assert self._recipe is not None
+        shape = self._source.header.shape
+        user = self._recipe.mask_of(shape, user)
+        mask = usable_mask(self._source.plane("pixel_mask"), shape, user)
         if array_digest(mask) != self._asked.mask:
             which = f"the detector's, or the recipe's {path}" if path else "the detector's pixel_mask"
             self._differ("mask", f"the mask ({which}) has digest {array_digest(mask)}, was {self._asked.mask}")

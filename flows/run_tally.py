@@ -226,12 +226,7 @@ def usual_d_min(processing: Processing) -> float:
     limits = [step.get("params", {}).get("d_min", 0.0) for step in steps if step.get("use") == "integrate"]
     if any(limits):
         return float(max(limits))
-    geometry = geometry_of(processing)
-    (panel,) = geometry.panels
-    (slow, fast), (x, y) = panel.shape, geometry.project(np.zeros(3))
-    edges = np.array([[0, y], [fast, y], [x, 0], [x, slow]], float)
-    q = np.linalg.norm(geometry.scattering_vector(edges[:, 0], edges[:, 1]), axis=1)
-    return math.ceil(100 / float(q.min())) / 100
+    return math.ceil(100 / geometry_of(processing).q_at_edge) / 100
 
 
 def header_of(processing: Processing) -> StreamHeader:

@@ -19,6 +19,7 @@ from nearline import (
     decision_commands,
     detector_commands,
     experiment_commands,
+    geometry_commands,
     group_commands,
     provenance_commands,
     report_commands,
@@ -475,6 +476,7 @@ provenance_commands.register(app)
 cell_commands.register(app)
 decision_commands.register(app)
 detector_commands.register(app)
+geometry_commands.register(app)
 tune_commands.register(app)
 report_commands.register(app)
 

@@ -25,16 +25,20 @@ def refine_detector(
     ],
     picture: Annotated[Path | None, typer.Option(help="Draw shifts and what is left over into this PNG.")] = None,
     write: Annotated[
-        Path | None, typer.Option(help="Write the recipe with the beam centre found, to reprocess with.")
+        Path | None, typer.Option(help="Write the recipe with the beam centre, or panels, found, to reprocess with.")
     ] = None,
-    geometry: Annotated[Path | None, typer.Option(help="Write a CrystFEL .geom with the beam centre found.")] = None,
+    geometry: Annotated[
+        Path | None,
+        typer.Option("--geometry", "--geom", help="Write what was found as a .geom, .expt or .poni, by its suffix."),
+    ] = None,
     service: Service = None,
     root: Folder = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where the detector truly stands, from the crystals that a processing has indexed.
 
-    The beam centre comes out within some hundredths of a pixel from a hundred crystals. Then
+    The beam centre comes out within some hundredths of a pixel from a hundred crystals. Where the recipe
+    has a geometry of several panels, each panel with spots enough is placed along its two axes. Then
     `nearline reprocess RUN --recipe FILE` with the file of --write.
     """
     from flows.comparison import open_processing
@@ -47,9 +51,9 @@ def refine_detector(
         shape = RunFolder.open(processing.run).stream_header(processing.manifest.data_source).shape
         draw_detector(picture, findings, found, (shape[0], shape[1]))
     if write is not None:
-        write_recipe(processing, findings, write)
+        write_recipe(processing, findings, found, write)
     if geometry is not None:
-        write_geometry(processing, findings, geometry)
+        write_geometry(processing, findings, found, geometry)
     if as_json:
         print(json.dumps(findings.model_dump(mode="json")))
         return

@@ -15,6 +15,7 @@ from nearline.doctor import Check, State
 from nearline.prefect_server import is_healthy
 from storage.errors import BadRecipe, EngineMissing, NearlineError
 from storage.models import DetectorHeader
+from storage.panels import DetectorGeometry
 from storage.photons import energy_from_wavelength
 from streaming.client import is_reachable
 from tasks.recipe import Recipe, read_mask
@@ -124,10 +125,12 @@ def check_engines(recipe: Recipe) -> Iterator[Check]:
 
 def _check_geometry(recipe: Recipe) -> Iterator[Check]:
     """The values that replace the detector's: within what can be, and in agreement with each other."""
-    given = recipe.detector
-    if not given:
+    given = {field: value for field, value in recipe.detector.items() if isinstance(value, float)}
+    if not recipe.detector:
         yield Check("geometry", "ok", f"{recipe.name}: as the detector says")
         return
+    if recipe.geometry is not None:
+        yield _check_panels(recipe, recipe.geometry)
     wrong = [
         f"{field} is {given[field]:g} {unit}, not between {low:g} and {high:g} {unit}"
         for field, (low, high, unit) in _PLAUSIBLE.items()
@@ -142,10 +145,29 @@ def _check_geometry(recipe: Recipe) -> Iterator[Check]:
             )
     for problem in wrong:
         yield Check("geometry", "fail", f"{recipe.name}: {problem}", "correct detector in the recipe (m, Å, eV, px)")
-    if not wrong:
+    if given and not wrong:
         header: DetectorHeader = recipe.detector_header(None)
         shown = ", ".join(f"{field} {getattr(header, field):g}" for field in given)
         yield Check("geometry", "ok", f"{recipe.name}: {shown}")
+
+
+def _check_panels(recipe: Recipe, geometry: DetectorGeometry) -> Check:
+    """That the file can be read was seen with the recipe; here, where it puts the detector."""
+    header = recipe.detector_header(DetectorHeader(detector_distance=0.0))
+    slow, fast = geometry.shape
+    n_panels = len(geometry.panels)
+    found = (
+        f"{recipe.name}: {geometry.file}: {n_panels} panel{'s' if n_panels > 1 else ''} on {slow} × {fast} px"
+        f", beam centre ({header.beam_center_x:.2f}, {header.beam_center_y:.2f}) px"
+    )
+    if header.detector_distance:
+        found += f", distance {header.detector_distance:.5g} m"
+    low, high, unit = _PLAUSIBLE["detector_distance"]
+    if header.detector_distance and not low <= header.detector_distance <= high:
+        return Check("geometry", "fail", f"{found}, not between {low:g} and {high:g} {unit}", "correct the file")
+    if geometry.notes:
+        return Check("geometry", "warn", found, "; ".join(geometry.notes))
+    return Check("geometry", "ok", found)
 
 
 def _check_mask(recipe: Recipe) -> Iterator[Check]:

@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Literal, Self
 import numpy as np
 
 from storage.errors import BadFrame, OutputExists, ShapeMismatch, StorageFull
-from storage.geometry import Geometry, Panel
+from storage.geometry import Geometry
+from storage.geometry_formats.crystfel_geom import bad_lines, panel_lines
 from storage.models import StreamHeader
 from storage.photons import energy_from_wavelength
 
@@ -164,6 +165,7 @@ def geometry_file(
     mask_file: str | None = None,
     mask_path: str | None = None,
     adu_per_photon: float = 1.0,
+    bad: Sequence[tuple[int, int, int, int]] = (),
 ) -> str:
     """The CrystFEL geometry file for frames exported by :class:`storage.nexus.NxmxWriter`.
 
@@ -175,6 +177,7 @@ def geometry_file(
     mask_file : HDF5 file of the mask; default the data file itself.
     mask_path : HDF5 path of an NXmx pixel mask, or None for no mask.
     adu_per_photon : counts per photon, for sigma(I).
+    bad : rectangles of the frame's array that must not be used, as in `storage.panels.DetectorGeometry`.
 
     Raises
     ------
@@ -187,7 +190,7 @@ def geometry_file(
     lines = [
         f"; {header.experiment} run {header.run} {header.data_source}, written by Nearline",
         f"photon_energy = {energy_from_wavelength(geometry.wavelength):.6f} eV",
-        f"clen = {first.corner[2]:.9g} m",
+        f"clen = {first.corner[2]:.12g} m",
         f"adu_per_photon = {adu_per_photon:g}",
         f"data = {data_path}",
         "dim0 = %",
@@ -203,7 +206,8 @@ def geometry_file(
         # NXmx: bits 0 to 15 say "do not use"; bit 31 (virtual pixel) is no reason.
         lines += [f"mask0_data = {mask_path}", "mask0_goodbits = 0x0", "mask0_badbits = 0xffff"]
     for panel in geometry.panels:
-        lines += ["", *_panel_lines(panel, first.corner[2])]
+        lines += ["", *panel_lines(panel, first.corner[2])]
+    lines += bad_lines(geometry.panels, bad)
     lines += ["", f"group_all = {','.join(p.name for p in geometry.panels)}"]
     return "\n".join(lines) + "\n"
 
@@ -430,10 +434,7 @@ class CrystfelStreamWriter:
 
     def _panels_at(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """(n,), the number of the panel under each position."""
-        found = np.full(len(x), -1)
-        for k, panel in enumerate(self.geometry.panels):
-            (y0, x0), (slow, fast) = panel.origin, panel.shape
-            found[(x >= x0) & (x <= x0 + fast) & (y >= y0) & (y <= y0 + slow)] = k
+        found = self.geometry.panel_at(x, y)
         if (found < 0).any():
             i = int(np.argmax(found < 0))
             raise BadFrame(f"position x {x[i]:.2f}, y {y[i]:.2f} px is on no panel; leave it out or check the units")
@@ -441,12 +442,7 @@ class CrystfelStreamWriter:
 
     def _q_invnm(self, x: np.ndarray, y: np.ndarray, panels: np.ndarray) -> np.ndarray:
         """|q| = 1/d in nm^-1 at positions of the frame's array."""
-        q = np.zeros(len(x))
-        for k, panel in enumerate(self.geometry.panels):
-            on = panels == k
-            vectors = self.geometry.scattering_vector(x[on] - panel.origin[1], y[on] - panel.origin[0], k)
-            q[on] = 10.0 * np.linalg.norm(vectors, axis=-1)
-        return q
+        return np.asarray(10.0 * np.linalg.norm(self.geometry.q_at(x, y, panels), axis=-1))
 
 
 def read_preamble(path: str | os.PathLike[str]) -> StreamPreamble:
@@ -594,33 +590,6 @@ def _geometry(header: StreamHeader) -> Geometry:
         )
     slow, fast = header.shape
     return Geometry.from_header(header.detector, (slow, fast))
-
-
-def _panel_lines(panel: Panel, clen: float) -> list[str]:
-    (y0, x0), (slow, fast) = panel.origin, panel.shape
-    res = 1.0 / float(np.linalg.norm(panel.fast))
-    corner = np.asarray(panel.corner) * res
-    lines = [
-        f"{panel.name}/min_fs = {x0}",
-        f"{panel.name}/max_fs = {x0 + fast - 1}",
-        f"{panel.name}/min_ss = {y0}",
-        f"{panel.name}/max_ss = {y0 + slow - 1}",
-        f"{panel.name}/res = {res:.9g}",
-        f"{panel.name}/fs = {_direction(panel.fast, res)}",
-        f"{panel.name}/ss = {_direction(panel.slow, res)}",
-        f"{panel.name}/corner_x = {corner[0]:.6f}",
-        f"{panel.name}/corner_y = {corner[1]:.6f}",
-    ]
-    if panel.corner[2] != clen:
-        lines.append(f"{panel.name}/coffset = {panel.corner[2] - clen:.9f}")
-    return lines
-
-
-def _direction(step: Iterable[float], res: float) -> str:
-    """A pixel step in CrystFEL's form, such as -1.000000x +0.000000y; z only where the panel is tilted."""
-    # Rounded first and zero added, so that neither -0.0 nor 1e-17 is printed.
-    x, y, z = (round(s * res, 9) + 0.0 for s in step)
-    return f"{x:+.9f}x {y:+.9f}y" + (f" {z:+.9f}z" if z else "")
 
 
 def _largest_count(header: StreamHeader) -> int:

@@ -11,6 +11,7 @@ __all__ = [
     "BadCriterion",
     "BadExperiment",
     "BadFrame",
+    "BadGeometry",
     "BadMessage",
     "BadName",
     "BadQuery",
@@ -72,6 +73,10 @@ class BadExperiment(NearlineError, ValueError):
 
 class BadFrame(NearlineError, ValueError):
     """A frame whose bytes, shape or dtype contradict its stream's header."""
+
+
+class BadGeometry(NearlineError, ValueError):
+    """A geometry file that cannot be read, or a detector that its format has no words for; names line or key."""
 
 
 class BadCriterion(NearlineError, ValueError):

@@ -11,10 +11,19 @@ from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from storage.codec import MOST_FRAME_BYTES
 from storage.errors import BadFrame
+from storage.panels import Panel
 
 __all__ = [
     "DTYPES",
@@ -91,6 +100,18 @@ class DetectorHeader(Record):
     flatfield_enabled: bool | None = None
     pixel_mask_enabled: bool | None = None
     virtual_pixel_interpolation_enabled: bool | None = None
+    panels: tuple[Panel, ...] = Field(
+        (),
+        description="where each panel stands; the values above then summarise them. Empty for one that faces the beam",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, proceed: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without panels there is no word of them: headers and what was digested of them stay as they were."""
+        values: dict[str, Any] = proceed(self)
+        if not self.panels:
+            values.pop("panels", None)
+        return values
 
 
 class SeriesHeader(Record):

@@ -610,7 +610,7 @@ def _write_detector(
 
 def _detector_fields(header: StreamHeader, detector: DetectorHeader, geometry: Geometry) -> dict[str, Any]:
     """Scalars of NXdetector; a zero or None of the header means "never said" and is left out."""
-    x, y = geometry.project(np.zeros(3))
+    x, y = geometry.beam_center
     # dxtbx turns the two largest values of this depth into masked ones, which is where
     # detectors put gaps, bad pixels and overflow.
     depth = 8 * np.dtype(header.dtype).itemsize
@@ -619,10 +619,11 @@ def _detector_fields(header: StreamHeader, detector: DetectorHeader, geometry: G
         "description": detector.description or None,
         "serial_number": detector.serial_number or None,
         "sensor_material": _MATERIALS.get(material.lower(), material),
-        "sensor_thickness": (detector.sensor_thickness, "m"),
+        # dxtbx refuses a sensor without depth; one of 1 nm has no parallax either.
+        "sensor_thickness": (detector.sensor_thickness or 1e-9, "m"),
         "x_pixel_size": (detector.pixel_size_x, "m"),
         "y_pixel_size": (detector.pixel_size_y, "m"),
-        "distance": (geometry.panels[0].corner[2], "m"),
+        "distance": (geometry.distance, "m"),
         "distance_derived": False,
         "beam_center_x": (float(x), "pixel"),
         "beam_center_y": (float(y), "pixel"),

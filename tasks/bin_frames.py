@@ -5,12 +5,14 @@ pixel; the far edge that does not fill a pixel is trimmed.
 """
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 from numba import njit
 
 from storage.errors import BadFrame, ShapeMismatch
 from storage.models import DetectorHeader
+from storage.panels import Panel
 
 __all__ = ["MARKED", "Binner", "bin_frame", "binned_header"]
 
@@ -120,7 +122,26 @@ def binned_header(detector: DetectorHeader, factor: int) -> DetectorHeader:
             "pixel_size_y": detector.pixel_size_y * factor,
             "beam_center_x": detector.beam_center_x / factor,
             "beam_center_y": detector.beam_center_y / factor,
+            "panels": tuple(_binned_panel(panel, factor) for panel in detector.panels),
         }
+    )
+
+
+def _binned_panel(panel: Panel, factor: int) -> Panel:
+    """The large pixels whose children are all on the panel; those across its border are on none."""
+    first = [-(-start // factor) for start in panel.origin]
+    slow, fast = (max(0, end // factor - start) for end, start in zip(panel.end, first, strict=True))
+    skipped = [start * factor - old for start, old in zip(first, panel.origin, strict=True)]
+    step_fast, step_slow = np.array(panel.fast), np.array(panel.slow)
+    corner = np.array(panel.corner) + skipped[1] * step_fast + skipped[0] * step_slow
+    corner_x, corner_y, corner_z = corner.tolist()
+    return replace(
+        panel,
+        corner=(corner_x, corner_y, corner_z),
+        fast=tuple((step_fast * factor).tolist()),
+        slow=tuple((step_slow * factor).tolist()),
+        shape=(slow, fast),
+        origin=(first[0], first[1]),
     )
 
 

@@ -130,8 +130,9 @@ def analysis_header(stream: Stream, recipe: Recipe) -> StreamHeader:
 
 def analysis_mask(stream: Stream, recipe: Recipe) -> np.ndarray:
     """(slow, fast) uint8, nonzero = do not use: the detector's bad pixels and the recipe's."""
-    user_mask = read_mask(Path(recipe.mask)) if recipe.mask else None
-    return usable_mask(stream.pixel_mask, stream.header.shape, user_mask)
+    shape = stream.header.shape
+    user_mask = recipe.mask_of(shape, read_mask(Path(recipe.mask)) if recipe.mask else None)
+    return usable_mask(stream.pixel_mask, shape, user_mask)
 
 
 class _Unhashed:

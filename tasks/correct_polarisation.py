@@ -33,13 +33,9 @@ def polarisation_of_spots(
     """
     if not 0.0 <= horizontal <= 1.0:
         raise BadMerge(f"a horizontal fraction of {horizontal} is not between 0 and 1; a synchrotron has about 0.99")
-    factor = np.ones(len(x))
-    for number, where in enumerate(geometry.panels):
-        mine = panel == number
-        at = geometry.lab_position(x[mine] - where.origin[1], y[mine] - where.origin[0], number)
-        across = at[:, 0] ** 2 + at[:, 1] ** 2
-        cosine2 = at[:, 2] ** 2 / (across + at[:, 2] ** 2)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            cos_2phi = np.where(across > 0, (at[:, 0] ** 2 - at[:, 1] ** 2) / across, 0.0)
-        factor[mine] = 0.5 * (1 + cosine2) - 0.5 * (2 * horizontal - 1) * cos_2phi * (1 - cosine2)
-    return factor
+    at = geometry.lab_at(x, y, panel)
+    across = at[:, 0] ** 2 + at[:, 1] ** 2
+    cosine2 = at[:, 2] ** 2 / (across + at[:, 2] ** 2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cos_2phi = np.where(across > 0, (at[:, 0] ** 2 - at[:, 1] ** 2) / across, 0.0)
+    return np.asarray(0.5 * (1 + cosine2) - 0.5 * (2 * horizontal - 1) * cos_2phi * (1 - cosine2))

@@ -107,13 +107,19 @@ def integrate_spots(
         raise BadFrame(f"cannot integrate {frame.dtype}; give integer counts or float32")
     x, y = predictions["x"].astype(np.int64), predictions["y"].astype(np.int64)
     disc, ring = _offsets(-1.0, p.inner), _offsets(p.middle, p.outer)
-    covered = np.zeros(frame.shape, np.bool_)
-    _cover(covered, x, y, disc)
-    if neighbours is not None:
-        _cover(covered, neighbours["x"].astype(np.int64), neighbours["y"].astype(np.int64), disc)
     bounds = np.array(
         [(q.origin[0], q.origin[0] + q.shape[0], q.origin[1], q.origin[1] + q.shape[1]) for q in geometry.panels]
     )
+    covered = np.zeros(frame.shape, np.bool_)
+    _cover(covered, x, y, bounds[predictions["panel"]], disc)
+    if neighbours is not None:
+        _cover(
+            covered,
+            neighbours["x"].astype(np.int64),
+            neighbours["y"].astype(np.int64),
+            bounds[neighbours["panel"]],
+            disc,
+        )
     values, fate = np.empty((len(x), 4)), np.empty(len(x), np.uint8)
     # A mask of bytes, as the steps have it, is taken as it is: converting it costs as much as the sums.
     unusable = mask if mask.dtype == np.uint8 else mask != 0
@@ -153,12 +159,12 @@ def _as_table(predictions: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _cover(covered, x, y, disc):
-    """Mark the pixels of every peak disc."""
+def _cover(covered, x, y, bounds, disc):
+    """Mark the pixels of every peak disc, which ends where its panel does."""
     for i in range(x.size):
         for j in range(disc.shape[0]):
             v, u = y[i] + disc[j, 0], x[i] + disc[j, 1]
-            if 0 <= v < covered.shape[0] and 0 <= u < covered.shape[1]:
+            if bounds[i, 0] <= v < bounds[i, 1] and bounds[i, 2] <= u < bounds[i, 3]:
                 covered[v, u] = True
 
 

@@ -81,10 +81,10 @@ def predict_spots(crystal: Crystal, geometry: Geometry, radius: float, hkl: np.n
     """
     rows, q = _near_sphere(np.ascontiguousarray(hkl), crystal.A, 1 / geometry.wavelength, radius)
     hkl, error = hkl[rows], excitation_error(q, geometry.wavelength)
-    tables = [
-        _on_panel(hkl, spots_as_seen(q, crystal, geometry), error, geometry, p) for p in range(len(geometry.panels))
-    ]
-    table = np.concatenate(tables)
+    rows, x, y, panel = geometry.place(spots_as_seen(q, crystal, geometry))
+    table = np.empty(len(rows), PREDICTION_DTYPE)
+    table["h"], table["k"], table["l"] = hkl[rows].T
+    table["x"], table["y"], table["excitation"], table["panel"] = x, y, error[rows], panel
     return table[np.lexsort((table["l"], table["k"], table["h"]))]
 
 
@@ -94,17 +94,6 @@ def spots_as_seen(q: np.ndarray, crystal: Crystal, geometry: Geometry) -> np.nda
     ray = ray / ray[:, 2:] - [crystal.shift[0], crystal.shift[1], 0.0]
     ray /= np.linalg.norm(ray, axis=1, keepdims=True)
     return (ray - [0.0, 0.0, 1.0]) / geometry.wavelength
-
-
-def _on_panel(hkl: np.ndarray, q: np.ndarray, error: np.ndarray, geometry: Geometry, index: int) -> np.ndarray:
-    panel = geometry.panels[index]
-    x, y = geometry.project(q, index)
-    on = (x >= 0) & (x < panel.shape[1]) & (y >= 0) & (y < panel.shape[0])
-    table = np.empty(int(on.sum()), PREDICTION_DTYPE)
-    table["h"], table["k"], table["l"] = hkl[on].T
-    table["x"], table["y"] = x[on] + panel.origin[1], y[on] + panel.origin[0]
-    table["excitation"], table["panel"] = error[on], index
-    return table
 
 
 @njit(cache=True, nogil=True)

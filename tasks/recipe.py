@@ -14,10 +14,12 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from storage.errors import BadRecipe
+from storage.errors import BadGeometry, BadRecipe, ShapeMismatch
 from storage.geometry import override_detector
+from storage.geometry_formats import read_geometry
 from storage.masks import array_digest
 from storage.models import DetectorHeader, Model
+from storage.panels import DetectorGeometry
 from tasks.steps import STEPS, check_user_step
 from tasks.unit_cell import UnitCell, read_cell
 
@@ -82,8 +84,10 @@ class Recipe(Model):
     sample: Sample | None = None
     steps: tuple[StepSpec, ...] = ()
     export: Export = Export()
-    detector: dict[str, float] = Field(
-        default_factory=dict, description="header values that replace the detector's, e.g. detector_distance in m"
+    detector: dict[str, float | DetectorGeometry] = Field(
+        default_factory=dict,
+        description="header values that replace the detector's, e.g. detector_distance in m; geometry: a .geom, .expt "
+        "or .poni file, kept by value",
     )
     mask: str | None = Field(None, description=".npy file, (slow, fast), nonzero = do not use; added to the detector's")
     mask_digest: str | None = Field(None, description="of the mask's values, set when the recipe is loaded")
@@ -99,7 +103,10 @@ class Recipe(Model):
 
     @field_validator("detector")
     @classmethod
-    def _known_fields(cls, values: dict[str, float]) -> dict[str, float]:
+    def _known_fields(cls, values: dict[str, float | DetectorGeometry]) -> dict[str, float | DetectorGeometry]:
+        for name, value in values.items():
+            if isinstance(value, DetectorGeometry) != (name == "geometry"):
+                raise ValueError(f"{name} is a {type(value).__name__}; geometry is a file, all others are numbers")
         override_detector(DetectorHeader(), values)
         return values
 
@@ -115,7 +122,37 @@ class Recipe(Model):
         how: Any = {"name": True, "mask": True, "steps": {"__all__": {"group"}}}
         # A report changes no result. Without a stream of hits recipes keep the digest from before there was one.
         how["export"] = {"report"} if self.export.hits_stream else {"report", "hits_stream"}
+        if "geometry" in self.detector:
+            how["detector"] = {"geometry": {"file", "notes"}}
         return blake3.blake3(self.model_dump_json(exclude=how).encode()).hexdigest()
+
+    @property
+    def geometry(self) -> DetectorGeometry | None:
+        """The geometry file's content; None for the flat detector that the header describes."""
+        found = self.detector.get("geometry")
+        return found if isinstance(found, DetectorGeometry) else None
+
+    def mask_of(self, shape: tuple[int, ...], user: np.ndarray | None) -> np.ndarray | None:
+        """What this recipe adds to the detector's mask: the user's, and what lies off the geometry's panels.
+
+        user : (slow, fast), as `read_mask` gives it.
+
+        Raises
+        ------
+        BadFrame : the geometry is that of another detector. ShapeMismatch : so is the mask.
+        """
+        if self.geometry is None:
+            return user
+        if len(shape) != 2:
+            raise ShapeMismatch(
+                f"a geometry of panels places the pixels of 2-D frames, and these are {shape}; leave it out"
+            )
+        off = self.geometry.mask((shape[0], shape[1]))
+        if user is None:
+            return off
+        if user.shape != off.shape:
+            raise ShapeMismatch(f"the recipe's mask has shape {user.shape}, the frames {shape}; make one for these")
+        return np.asarray(off | (user != 0))
 
     def detector_header(self, detector: DetectorHeader | None) -> DetectorHeader:
         """The detector's header with this recipe's values in place."""
@@ -126,7 +163,8 @@ def load_recipe(source: "str | Path | dict[str, Any] | Recipe") -> Recipe:
     """A recipe from a YAML or TOML file, a dict, or a recipe.
 
     ``sample.cell`` may be a cell file (CrystFEL ``.cell``, PDB, mmCIF, MTZ; relative to the recipe's
-    folder), or six numbers.
+    folder), or six numbers. ``detector.geometry`` may be a geometry file, relative to the recipe's folder too; its
+    content becomes part of the recipe.
 
     Raises
     ------
@@ -144,6 +182,9 @@ def load_recipe(source: "str | Path | dict[str, Any] | Recipe") -> Recipe:
         content["sample"] = _resolved_sample(content["sample"], folder)
     if isinstance(content.get("mask"), str):
         content |= _resolved_mask(folder / content["mask"], content.get("mask_digest"))
+    detector = content.get("detector")
+    if isinstance(detector, dict) and isinstance(detector.get("geometry"), str):
+        content["detector"] = detector | {"geometry": _resolved_geometry(folder / detector["geometry"])}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -190,6 +231,13 @@ def _resolved_mask(path: Path, expected: str | None) -> dict[str, str]:
     if expected not in (None, digest):
         raise BadRecipe(f"mask {path} has changed since the recipe was recorded; restore it, or leave out mask_digest")
     return {"mask": str(path.absolute()), "mask_digest": digest}
+
+
+def _resolved_geometry(path: Path) -> DetectorGeometry:
+    try:
+        return read_geometry(path)
+    except BadGeometry as error:
+        raise BadRecipe(f"detector.geometry: {error}") from None
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

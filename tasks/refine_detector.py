@@ -13,11 +13,12 @@ import numpy as np
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.models import DetectorHeader
-from tasks.index_frame import Crystal
+from storage.panels import Panel
 from tasks.predict_spots import spots_as_seen
+from tasks.refine_panels import CrystalSpots, PanelShift, displaced, refine_panels
 from tasks.unit_cell import UnitCell
 
-__all__ = ["CrystalSpots", "DetectorRefinement", "refine_detector"]
+__all__ = ["DetectorRefinement", "refine_detector"]
 
 # Fewer crystals could agree by chance.
 _FEWEST_CRYSTALS = 10
@@ -27,18 +28,6 @@ _REGIONS = 6
 # Standard deviation from the median absolute deviation of a normal law.
 _MAD = 1.4826
 _CLEAR = 3.0
-
-
-@dataclass(frozen=True)
-class CrystalSpots:
-    """One indexed crystal, and the spots of its frame.
-
-    x, y : (n,) px from the frame's corner.
-    """
-
-    crystal: Crystal
-    x: np.ndarray
-    y: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,8 @@ class DetectorRefinement:
         is taken out; NaN where there are too few spots.
     n_in_region : (rows, columns).
     shifts : (n_crystals, 2) px, of each crystal.
+    panels : where those of a geometry of several are, against where they were taken to be; each includes the shift of
+        all. moved : the panels of the geometry in their new places; empty for a flat detector that a header describes.
     """
 
     n_crystals: int
@@ -64,12 +55,15 @@ class DetectorRefinement:
     residuals: np.ndarray
     n_in_region: np.ndarray
     shifts: np.ndarray
+    panels: tuple[PanelShift, ...] = ()
+    moved: tuple[Panel, ...] = ()
 
     @property
     def is_clear(self) -> bool:
-        """Whether the beam centre differs from the assumed one by more than three standard deviations and 0.05 px."""
+        """Whether the beam centre, or a panel of several, is more than three standard deviations and 0.05 px away."""
         pairs = zip(self.shift, self.shift_sigma, strict=True)
-        return any(abs(value) > max(_CLEAR * sigma, 0.05) for value, sigma in pairs)
+        is_off = any(abs(value) > max(_CLEAR * sigma, 0.05) for value, sigma in pairs)
+        return any(panel.is_clear for panel in self.panels) if self.panels else is_off
 
     @property
     def largest_residual(self) -> float:
@@ -81,7 +75,7 @@ class DetectorRefinement:
 def refine_detector(
     found: Iterable[CrystalSpots], detector: DetectorHeader, shape: tuple[int, int], cell: UnitCell
 ) -> DetectorRefinement:
-    """Beam centre and residual map from indexed crystals.
+    """Beam centre, panels and residual map from indexed crystals.
 
     Parameters
     ----------
@@ -92,6 +86,7 @@ def refine_detector(
     BadRecipe : fewer than ten crystals.
     """
     geometry = Geometry.from_header(detector, shape)
+    found = list(found) if len(geometry.panels) > 1 else found
     pixel = np.array([detector.pixel_size_x, detector.pixel_size_y])
     shifts, scales, residuals = [], [], []
     for one in found:
@@ -106,17 +101,30 @@ def refine_detector(
     scale, scale_sigma = _middle(np.array(scales)[:, None])
     placed = np.concatenate(residuals)
     medians, counts = _by_region(placed, shape)
+    panels = refine_panels(found, geometry) if len(geometry.panels) > 1 else ()
+    all_of_them = (float(shift[0] * pixel[0]), float(shift[1] * pixel[1]), 0.0)
+    moved = (
+        displaced(geometry.panels, panels, all_of_them)
+        if panels
+        else tuple(p.moved(all_of_them) for p in detector.panels)
+    )
+    beam_center = (detector.beam_center_x + float(shift[0]), detector.beam_center_y + float(shift[1]))
+    if moved:
+        beam_center = Geometry(moved, geometry.wavelength).beam_center
+        shift = np.array(beam_center) - [detector.beam_center_x, detector.beam_center_y]
     return DetectorRefinement(
         n_crystals=len(shifts),
         n_spots=len(placed),
         shift=(float(shift[0]), float(shift[1])),
         shift_sigma=(float(sigma[0]), float(sigma[1])),
-        beam_center=(detector.beam_center_x + float(shift[0]), detector.beam_center_y + float(shift[1])),
+        beam_center=beam_center,
         cell_scale=float(scale[0]),
         cell_scale_sigma=float(scale_sigma[0]),
         residuals=medians,
         n_in_region=counts,
         shifts=np.array(shifts),
+        panels=panels,
+        moved=moved,
     )
 
 
@@ -133,10 +141,11 @@ def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _residuals(one: CrystalSpots, geometry: Geometry) -> np.ndarray:
     """(n, 4) px: x, y of the crystal's spots, and observed less predicted there with its own shift taken out."""
-    q = geometry.scattering_vector(one.x, one.y)
-    hkl, off = one.crystal.hkl(q, geometry.wavelength)
+    panel = geometry.panel_at(one.x, one.y)
+    hkl, off = one.crystal.hkl(geometry.q_at(one.x, one.y, panel), geometry.wavelength)
     is_in = off <= _TOLERANCE
-    x, y = geometry.project(spots_as_seen(hkl[is_in] @ one.crystal.A.T, one.crystal, geometry))
+    seen = spots_as_seen(hkl[is_in] @ one.crystal.A.T, one.crystal, geometry)
+    x, y = geometry.project_at(seen, panel[is_in])
     return np.column_stack([one.x[is_in], one.y[is_in], one.x[is_in] - x, one.y[is_in] - y])
 
 

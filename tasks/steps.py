@@ -417,7 +417,7 @@ def run_integrate(chunk: ChunkFrames, params: IntegrateParams, cell: UnitCell | 
     geometry = chunk.geometry
     crystals, peaks = _table(upstream, "crystals"), _table(upstream, "peaks")
     rows, peak_rows = rows_by_frame(crystals, chunk.frame_index), rows_by_frame(peaks, chunk.frame_index)
-    hkl = _indices_within(cell, 1 / params.d_min if params.d_min else _largest_q(geometry))
+    hkl = _indices_within(cell, 1 / params.d_min if params.d_min else geometry.q_at_corner)
     rings = _kernel_params(params, IntegrationParams, chunk)
 
     def one(position: int) -> list[_Integrated]:
@@ -466,22 +466,9 @@ def _others(predicted: list[np.ndarray], number: int) -> np.ndarray | None:
 
 
 def scattering_vectors(geometry: Geometry, peaks: pa.Table) -> np.ndarray:
-    """(n, 3) in 1/Å of the rows of a peaks table, panel by panel."""
+    """(n, 3) in 1/Å of the rows of a peaks table."""
     x, y, panel = (peaks[name].to_numpy() for name in ("x", "y", "panel"))
-    q = np.empty((len(x), 3))
-    for number, where in enumerate(geometry.panels):
-        mine = panel == number
-        q[mine] = geometry.scattering_vector(x[mine] - where.origin[1], y[mine] - where.origin[0], number)
-    return q
-
-
-def _largest_q(geometry: Geometry) -> float:
-    """|q| at the farthest corner of the detector, 1/Å."""
-    corners = []
-    for number, panel in enumerate(geometry.panels):
-        x, y = np.array([0, panel.shape[1], 0, panel.shape[1]]), np.array([0, 0, panel.shape[0], panel.shape[0]])
-        corners.append(np.linalg.norm(geometry.scattering_vector(x, y, number), axis=-1).max())
-    return float(max(corners))
+    return geometry.q_at(x, y, panel)
 
 
 # ---- tables -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ any number of threads. The pixel loops run in Numba without the GIL.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numba
 import numpy as np
@@ -214,6 +215,10 @@ class StillSimulator:
     def pixel_mask(self) -> np.ndarray:
         """(slow, fast), uint32, bits as in NXmx; masked pixels hold the dtype's maximum in frames."""
         mask = module_mask(self.shape) if self.physics.gaps else np.zeros(self.shape, np.uint32)
+        if self.header.panels:
+            mask = np.full(self.shape, MASK_GAP, np.uint32)
+            for panel in self.header.panels:
+                mask[panel.origin[0] : panel.end[0], panel.origin[1] : panel.end[1]] = 0
         rng = np.random.default_rng([self.seed, 0x6D61736B])
         n_bad = round(self.physics.bad_pixel_fraction * mask.size)
         bad = rng.choice(mask.size, n_bad, replace=False)
@@ -271,14 +276,13 @@ class StillSimulator:
         q = hkl @ A
         direction = q + np.array([0.0, 0.0, 1 / wavelength])
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        x, y = self.geometry.project(q)
+        on, x, y, _ = self.geometry.place(q)
         photons = physics.spot_strength * self._reflections.intensity[rows] * partiality * scale
         if physics.polarisation is not None:
             photons *= polarisation_factor(direction, physics.polarisation)
-        on = (x >= 0) & (x < self.shape[1]) & (y >= 0) & (y < self.shape[0])
-        spots = np.empty(np.count_nonzero(on), SPOT_DTYPE)
+        spots = np.empty(len(on), SPOT_DTYPE)
         spots["h"], spots["k"], spots["l"] = hkl[on].T
-        spots["x"], spots["y"], spots["photons"], spots["partiality"] = x[on], y[on], photons[on], partiality[on]
+        spots["x"], spots["y"], spots["photons"], spots["partiality"] = x, y, photons[on], partiality[on]
         spots["intensity"] = physics.spot_strength * self._reflections.intensity[rows][on]
         # np.minimum: float32 may round a position just below the edge up onto it
         slow = np.minimum(spots["y"].astype(int), self.shape[0] - 1)
@@ -300,17 +304,13 @@ class StillSimulator:
     def _reflections(self) -> Reflections:
         d_min = self.d_min
         if d_min is None:
-            slow, fast = self.shape
-            corners = self.geometry.scattering_vector(np.array([0, fast, 0, fast]), np.array([0, 0, slow, slow]))
-            d_min = max(1.2, 1 / float(np.linalg.norm(corners, axis=1).max()))
+            d_min = max(1.2, 1 / self.geometry.q_at_corner)
         return self.crystal.reflections(d_min)
 
     @cached_property
     def _expected_background(self) -> np.ndarray:
         """Air scatter, water ring and a flat remainder, times solid angle; (slow, fast), photons."""
-        y, x = np.ogrid[0 : self.shape[0], 0 : self.shape[1]]
-        p = self.geometry.panels[0]
-        lab_x, lab_y, lab_z = (p.corner[0] + (x + 0.5) * p.fast[0], p.corner[1] + (y + 0.5) * p.slow[1], p.corner[2])
+        lab_x, lab_y, lab_z = self._pixel_centres
         length = np.sqrt(lab_x**2 + lab_y**2 + lab_z**2)
         cosine = lab_z / length
         q = np.sqrt(2 * (1 - cosine)) / self.geometry.wavelength
@@ -321,6 +321,18 @@ class StillSimulator:
             direction = np.stack([lab_x / length, lab_y / length], axis=-1)
             photons *= polarisation_factor(direction, self.physics.polarisation)
         return photons
+
+    @property
+    def _pixel_centres(self) -> tuple[Any, Any, Any]:
+        """x, y, z of each pixel's centre, m; shapes that go together. Off every panel as if on the last."""
+        y, x = np.ogrid[0 : self.shape[0], 0 : self.shape[1]]
+        if not self.header.panels:
+            p = self.geometry.panels[0]
+            return p.corner[0] + (x + 0.5) * p.fast[0], p.corner[1] + (y + 0.5) * p.slow[1], p.corner[2]
+        x, y = np.broadcast_arrays(x + 0.5, y + 0.5)
+        panel = self.geometry.panel_at(x, y) % len(self.geometry.panels)
+        lab_x, lab_y, lab_z = np.moveaxis(self.geometry.lab_at(x, y, panel), -1, 0)
+        return lab_x, lab_y, lab_z
 
     @cached_property
     def _level_means(self) -> np.ndarray:

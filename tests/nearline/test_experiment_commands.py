@@ -10,6 +10,9 @@ from typer.testing import CliRunner
 
 from nearline.cli import app
 from storage.errors import NearlineError, OutputExists
+from storage.geometry import Geometry
+from storage.geometry_formats import write_geometry
+from tests.flows.panels import SHAPE, four_panels, header_of
 
 PEAKS = {"steps": [{"use": "find_peaks"}]}
 CELL = {"name": "x", "cell": [79.1, 79.1, 37.9, 90, 90, 90], "space_group": "P 43 21 2"}
@@ -72,6 +75,29 @@ def test_what_cannot_be_fails_with_a_remedy(tmp_path, fields, row, words):
     assert code == 1
     assert [word for word in words if word not in bad["found"] + bad["remedy"]] == []
     assert bad["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "words"),
+    [
+        ("four.geom", "ok", ["four.geom", "4 panels on 512 × 512 px", "beam centre"]),
+        ("path.geom", "warn", ["clen is no number"]),
+        ("far.geom", "fail", ["not between", "20 m"]),
+        ("gone.geom", None, ["gone.geom"]),
+    ],
+    ids=["good", "open", "mm", "gone"],
+)
+def test_a_geometry_file_is_read(tmp_path, name, state, words):
+    write_geometry(tmp_path / "four.geom", Geometry.from_header(header_of(four_panels()), SHAPE))
+    text = (tmp_path / "four.geom").read_text()
+    clen = next(line for line in text.splitlines() if line.startswith("clen"))
+    (tmp_path / "path.geom").write_text(text.replace(clen, "clen = /LCLS/detector_1/EncoderValue"))
+    (tmp_path / "far.geom").write_text(text.replace(clen, "clen = 150 m"))
+    code, found = checks(tmp_path, recipes={"r": PEAKS | {"detector": {"geometry": name}}})
+    (row,) = found["geometry"] if state else [c for c in found["recipe"] if c["state"] == "fail"]
+    assert row["state"] == (state or "fail")
+    assert code == (1 if row["state"] == "fail" else 0)
+    assert [word for word in words if word not in row["found"] + row["remedy"]] == []
 
 
 def test_a_detector_is_reached_or_warned_of(tmp_path):

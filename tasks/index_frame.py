@@ -49,6 +49,10 @@ class IndexParams:
         earlier lattices left over.
     tolerance : largest distance of each index from a whole number for a spot to count as explained.
     false_alarm : accepted probability that spots without any lattice give one.
+    min_evidence : improbability that a lattice brings, decades per spot looked at; 1.6 times as much
+        where spots scatter widely about their places. Spots of another lattice agree with a wrong cell by
+        coincidence, the better the larger it is: of up to 350 Å it brought 0.1 to 0.25, at times 0.4 with
+        a wide scatter. True lattices bring 0.26 (285 Å, many spurious spots) to 2.5.
     max_lattices : lattices to look for in one frame.
     n_search_spots : innermost spots that score directions; more cost time, fewer miss weak frames.
     max_spots : innermost spots that refine; counting uses all.
@@ -66,6 +70,7 @@ class IndexParams:
     min_fraction: float = 0.25
     tolerance: float = 0.25
     false_alarm: float = 1e-4
+    min_evidence: float = 0.25
     max_lattices: int = 1
     n_search_spots: int = 80
     max_spots: int = 600
@@ -276,6 +281,9 @@ class Indexer:
         ray = observed[is_in] * self.wavelength + [0, 0, 1]
         along = (rest * ray).sum(1)
         across = rest - along[:, None] * ray
+        chance = self._log10_chance(off, observed, A)
+        if -chance < len(q) * self._needed_evidence(across @ np.linalg.inv(A).T):
+            return None
         A_cell = A @ self._to_primitive
         try:
             cell = self.cell.with_matrix(A_cell)
@@ -284,8 +292,16 @@ class Indexer:
         return Crystal(
             A=A_cell, cell=cell, n_indexed=int(is_in.sum()), n_spots=len(q),
             rmsd=float(np.sqrt((across**2).sum(1).mean())), excitation_rmsd=float(np.sqrt((along**2).mean())),
-            shift=(float(shift[0]), float(shift[1])), log10_chance=self._log10_chance(off, observed, A),
+            shift=(float(shift[0]), float(shift[1])), log10_chance=chance,
         )  # fmt: skip
+
+    def _needed_evidence(self, across: np.ndarray) -> float:
+        """Decades per spot; less where spots are just where the lattice has them on the detector, (n, 3) indices off.
+
+        Excitation errors blur the indices along a long axis, and with them the chance; across the ray they do not.
+        """
+        is_sharp = np.median(np.abs(across).max(axis=1)) <= _SHARP * self.params.tolerance
+        return self.params.min_evidence * (1.0 if is_sharp else _BLURRED)
 
     def _log10_chance(self, off: np.ndarray, q: np.ndarray, A: np.ndarray) -> float:
         """log10 of an upper estimate of the chance to see such agreement without a lattice.
@@ -341,6 +357,9 @@ _N_CYCLES = 12
 _N_NARROWING, _SETTLED = 5, 1e-7
 # 1/Å; no crystal here has a cell edge of 1 µm.
 _BEAM = 1e-4
+# Half the explained spots of a true lattice are within this share of the tolerance across the ray (real, rather mosaic
+# crystals: 0.2; wrong cells 0.2 to 0.5); where they are not, it takes so much more evidence.
+_SHARP, _BLURRED = 0.16, 1.6
 # Two lattices closer than this are one crystal with a wide mosaic spread.
 _SAME_LATTICE_DEG = 1.5
 # Distance from a whole index beyond which a spot tells nothing in the searches.

@@ -64,6 +64,7 @@ def test_simulated_run_travels_the_whole_way(tmp_path):
 
 
 @needs_thaumatin
+@pytest.mark.campaign
 def test_real_stills_index(tmp_path):
     cell = ["--cell", "58.4,58.4,152.3,90,90,90", "--space-group", "P 41 21 2"]
     process = demo(tmp_path, "--real", str(THAUMATIN), *cell, "--json")
@@ -75,7 +76,7 @@ def test_real_stills_index(tmp_path):
         assert np.allclose(frame["cell"][:3], [58.4, 58.4, 152.3], rtol=0.01)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 3.0, 9.0, 15.0])
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 9.0, pytest.param(15.0, marks=pytest.mark.campaign)])
 def test_interrupt_leaves_nothing_behind(tmp_path, seconds):
     process = demo(tmp_path, "--size", "1M", "--frames", "400", "--rate", "20")
     try:

@@ -117,7 +117,9 @@ class StreamModel(RuleBasedStateMachine):
     def give_up(self, start: int, stop: int, state: FrameState, cause: str) -> None:
         for index in range(start, stop):
             if self.expected(index) is FrameState.pending:
-                self.causes[index] = (state, cause)
+                has_parts = any((index, part) in self.in_time | self.late for part in range(self.parts))
+                # Given up as incomplete; should power take its parts as well, it is missing.
+                self.causes[index] = (FrameState.missing if has_parts else state, cause)
 
     @rule()
     def take(self) -> None:

@@ -1,7 +1,6 @@
 """Counters and histograms: what they count, from several threads, and what that costs."""
 
 import threading
-import timeit
 
 import pytest
 
@@ -43,13 +42,6 @@ def test_what_fails_is_timed_too():
     with pytest.raises(KeyError), histogram.timed():
         raise KeyError
     assert sum(histogram.as_dict()["counts"]) == 1
-
-
-def test_an_observation_costs_about_a_microsecond():
-    observe = Histogram().observe
-    seconds = min(timeit.repeat(lambda: observe(0.003), number=20_000, repeat=5)) / 20_000
-    print(f"Histogram.observe: {1e9 * seconds:.0f} ns")
-    assert seconds < 2e-6
 
 
 def test_all_are_in_the_status():

@@ -73,9 +73,11 @@ def test_sleeping_consumer_misses_nothing_and_memory_stays_bounded(tmp_path):
     budget, n = 4 << 20, 400
     noise = np.random.default_rng(0).integers(0, 60000, (16, 256, 256), np.uint16)
     blobs = [encode(frame) for frame in noise]
-    with ServiceProcess(tmp_path, buffer_bytes=budget) as service, producing(service.address) as out:
+    with ServiceProcess(tmp_path, buffer_bytes=budget) as service, producing(service.address, run=2) as out:
+        # A first run has everything imported that sealing takes; pyarrow takes pandas, where it is installed.
+        record_run(service.address, range(2))
         out.send(noise[0])
-        following = open_run(f"{service.address}/lyso/1")["eiger"].follow()
+        following = open_run(f"{service.address}/lyso/2")["eiger"].follow()
         assert next(following).frame_index == 0
         before = settled_rss(service)
         for index in range(1, n):

@@ -151,7 +151,7 @@ output.composite_output=False
 
 @pytest.mark.dials
 @pytest.mark.skipif(not shutil.which("dials.stills_process"), reason="dials.stills_process is not on PATH")
-@pytest.mark.parametrize("number", ["0005", "0011"])
+@pytest.mark.parametrize("number", ["0005", pytest.param("0011", marks=pytest.mark.campaign)])
 def test_hand_and_indices_agree_with_dials_run_now(number, tmp_path):
     check(*dials_indices(number, tmp_path), number)
 

@@ -50,6 +50,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "merging": merging.measure,
     "flow-30min": flow.measure_long,
     "flow-beside": flow.measure_beside,
+    "flow-4M": flow.measure_fast,
 }
 BUILD = Path(__file__).parents[1] / "build" / "bench"
 log = logging.getLogger("benchmarks")

@@ -2,7 +2,8 @@
 
 Simulated stills whose truth is known: *1M*, *1M hard* (spots five times weaker, the beam centre off by 0.6 and 0.5 px),
 *1M two* (two crystals in each frame), *4M* and *16M*. One thread. The peer of the peak search is OM's compiled
-peakfinder8 (see `benchmarks.om_peaks`), on the same decoded frames, in turn with ours.
+peakfinder8 (see `benchmarks.om_peaks`), on the same decoded frames, in turn with ours; that of all from pixels to a
+lattice is DIALS (see `benchmarks.dials_peer`).
 """
 
 import json
@@ -12,16 +13,20 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import dials_peer
 from benchmarks.analysis import Verdict
 from benchmarks.frames import FrameSet, Options, WorkFolder
 from benchmarks.measure import Figure, Target, absent, figure, in_rounds
+from flows.finding_cell import StillSpots, cell_of_stills
 from storage.codec import decode, decode_into
 from storage.geometry import Geometry
 from storage.kernels import use_compiled_kernels
@@ -50,10 +55,19 @@ def measure(options: Options) -> list[Figure]:
         frames = FrameSet.make(size, options.choose(8, n))
         figures += _of_speed(frames, size, hit_ms, options)
     n = options.choose(16, 280)
-    figures += _of_lattices("1M", FrameSet.make("1M", n), (0.0, 0.0))
-    figures += _of_lattices("1M hard", FrameSet.make("1M", n, weaker=5.0), _BEAM_OFF)
-    figures += _of_two_lattices("1M two", FrameSet.make("1M", n))
-    return figures + _of_tolerances(FrameSet.make("1M", n))
+    clean, hard = FrameSet.make("1M", n), FrameSet.make("1M", n, weaker=5.0)
+    figures += [_of_threads(clean, options)]
+    figures += _of_lattices("1M", clean, (0.0, 0.0))
+    figures += _of_lattices("1M hard", hard, _BEAM_OFF)
+    figures += _of_two_lattices("1M two", clean)
+    figures += _of_tolerances(clean)
+    figures += _of_what_is_no_such_crystal(clean, options)
+    figures += _of_an_unknown_cell(clean)
+    # DIALS takes seconds a hit.
+    m = options.choose(8, 40)
+    for name, weaker, off in (("1M", 1.0, (0.0, 0.0)), ("1M hard", 5.0, _BEAM_OFF)):
+        figures += dials_peer.figures(name, FrameSet.make("1M", m, weaker=weaker), options, off)
+    return figures
 
 
 # ---- speed, and the same peaks as the peer ------------------------------------------------------------
@@ -153,6 +167,33 @@ def _true_share(found: Sequence[np.ndarray], truths: Sequence[FrameTruth]) -> tu
 
 def _clear(truth: FrameTruth) -> np.ndarray:
     return (truth.spots["photons"] > 20) & (truth.spots["masked"] == 0)
+
+
+def _of_threads(frames: FrameSet, options: Options) -> Figure:
+    """Blanks and hits from bytes to intensities, in two threads beside one."""
+    verdict = Verdict(frames)
+    indices = range(len(frames.blobs))
+    outs = {0: verdict.out, 1: np.empty_like(verdict.out)}
+
+    def work(thread: int, share: range) -> None:
+        mine = copy(verdict)
+        mine.out = outs[thread]
+        for index in share:
+            mine(frames.blob(index))
+
+    def rate(n_threads: int) -> float:
+        started = time.perf_counter()
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(work, range(n_threads), (indices[at::n_threads] for at in range(n_threads))))
+        return len(indices) / (time.perf_counter() - started)
+
+    one, two = [], []
+    rate(2)
+    for _ in in_rounds(options.choose(2, _ROUNDS)):
+        one.append(rate(1))
+        two.append(rate(2))
+    name = f"1M, {frames.hit_share(len(indices))}, two threads"
+    return figure(name, "frames/s", two, ("one thread", one), higher_is_better=True, target=Target("of limit", 1.8))
 
 
 @contextmanager
@@ -296,6 +337,58 @@ def _faulty_spots(
     x = np.concatenate([kept["x"], rng.uniform(0, shape[1], n_more)])
     y = np.concatenate([kept["y"], rng.uniform(0, shape[0], n_more)])
     return x, y, np.concatenate([kept["intensity"], rng.choice(kept["intensity"], n_more)])
+
+
+# Cells of other proteins: lysozyme's spots are no lattice of theirs.
+_OTHER_CELLS = (
+    (58.4, 58.4, 152.3, 90, 90, 90, "P 41 21 2"),
+    (118, 118, 118, 90, 90, 90, "I 2 3"),
+    (100, 120, 140, 90, 90, 90, "P 21 21 21"),
+    (281, 281, 165, 90, 90, 120, "P 63"),
+)
+
+
+def _of_what_is_no_such_crystal(frames: FrameSet, options: Options) -> list[Figure]:
+    """Lattices where there is none: spots at random, 8 to 200 of them, and the hits with other cells."""
+    find, index, geometry, _ = _tools(frames, (0.0, 0.0))
+    rng, n_random = np.random.default_rng(0), options.choose(30, 600)
+    numbers = np.linspace(8, 200, n_random).astype(int)
+    at_random = [rng.uniform(0, 1, (n, 2)) * frames.shape[::-1] for n in numbers]
+    found = sum(len(index(geometry.scattering_vector(*xy.T))) for xy in at_random)
+    none = Target("at most", 0.0)
+    figures = [
+        figure(
+            f"1M, {n_random} frames of random spots: lattices", "", [float(found)], higher_is_better=False, target=none
+        )
+    ]
+    hits = [find(frames.pixels(i)) for i, truth in enumerate(frames.truths) if truth.is_hit]
+    for parameters in _OTHER_CELLS:
+        cell = UnitCell(*parameters)
+        other = Indexer(cell, geometry.wavelength)
+        n = sum(len(other(geometry.scattering_vector(p["x"], p["y"]), p["intensity"])) for p in hits)
+        what = f"1M, {len(hits)} hits with the cell {' × '.join(f'{edge:g}' for edge in parameters[:3])} Å"
+        figures.append(figure(f"{what}: lattices", "", [float(n)], higher_is_better=False, target=none))
+    return figures
+
+
+def _of_an_unknown_cell(frames: FrameSet) -> list[Figure]:
+    """The cell from the first 50 hits and nothing else."""
+    find, _, geometry, cell = _tools(frames, (0.0, 0.0))
+    hits = [i for i, truth in enumerate(frames.truths) if truth.is_hit][:50]
+    peaks = {i: find(frames.pixels(i)) for i in hits}
+    stills = [
+        StillSpots(i, geometry.scattering_vector(p["x"], p["y"]), p["intensity"].astype(float))
+        for i, p in peaks.items()
+    ]
+    started = time.perf_counter()
+    report = cell_of_stills(stills, geometry.wavelength)
+    seconds = time.perf_counter() - started
+    name = f"1M, cell from {len(hits)} hits"
+    off = max(abs(a / b - 1) for a, b in zip(report.cell, cell.parameters, strict=True)) if report.cell else 1.0
+    return [
+        figure(f"{name}: largest error", "%", [100 * off], higher_is_better=False, target=Target("at most", 1.0)),
+        figure(f"{name}: took", "s", [seconds], higher_is_better=False),
+    ]
 
 
 def _of_two_lattices(name: str, frames: FrameSet) -> list[Figure]:

@@ -27,7 +27,7 @@ from nearline.prefect_server import server_environment, wait_until_healthy
 from storage.run_folder import RunFolder
 from storage.step_store import find_processings
 
-__all__ = ["measure", "measure_beside", "measure_long"]
+__all__ = ["measure", "measure_beside", "measure_fast", "measure_long"]
 
 log = logging.getLogger("benchmarks")
 
@@ -106,6 +106,28 @@ def measure_long(options: Options) -> list[Figure]:
         figure("chunks sealed and not processed yet", "chunks", lag, higher_is_better=False, target=none),
         figure("their growth, second half less first", "chunks", [later], higher_is_better=False),
     ]
+
+
+def measure_fast(options: Options) -> list[Figure]:
+    """4M frames at 60/s, a fifth of them hits, beside service and simulator: does the analysis keep up?"""
+    of = _Detector("4M", 60, 0.2)
+    seconds = options.choose(10, 60)
+    with WorkFolder(options, "flow-4M") as root, _prefect_server(root) as server:
+        samples = list(_live_flow(root, server, seconds, of))
+    n_all = seconds * of.rate
+    while_taken = [s for s in samples if s.n_sealed < max(one.n_sealed for one in samples)] or samples
+    half = len(while_taken) // 2
+    lag = [float(s.lag_chunks) for s in while_taken]
+    later = statistics.mean(lag[half:]) - statistics.mean(lag[:half] or lag)
+    took = samples[-1].at_s - samples[0].at_s
+    return [
+        figure(f"{n_all} frames of 4M at 60/s: analysed", "frames/s", [n_all / took], (
+            "taken", [float(of.rate)]), higher_is_better=True, target=Target("of limit", 0.95)),
+        figure("its lag while frames come, second half less first", "chunks", [later], higher_is_better=False,
+               target=Target("at most", 1.0)),
+        figure("its lag", "chunks", [float(s.lag_chunks) for s in samples], higher_is_better=False),
+        figure("memory of the flow process", "MiB", [s.memory_mib for s in samples], higher_is_better=False),
+    ]  # fmt: skip
 
 
 def measure_beside(options: Options) -> list[Figure]:
@@ -204,23 +226,38 @@ def _prefect_server(root: Path) -> Iterator[_Server]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """memory_mib : of the flow process and its children. lag_chunks : sealed and not processed."""
+    """at_s : of any clock. lag_chunks : sealed and not processed. memory_mib : of the flow process and its children."""
 
+    at_s: float
     n_done: int
-    lag_chunks: int
+    n_sealed: int
     memory_mib: float
 
+    @property
+    def lag_chunks(self) -> int:
+        return self.n_sealed - self.n_done
 
-def _live_flow(root: Path, server: _Server, seconds: int) -> Iterator[_Sample]:
+
+@dataclass(frozen=True)
+class _Detector:
+    """rate : frames/s."""
+
+    size: str = "512"
+    rate: int = _LIVE_RATE
+    hit_fraction: float = 0.3
+
+
+def _live_flow(root: Path, server: _Server, seconds: int, of: _Detector | None = None) -> Iterator[_Sample]:
     data, detector, service = root / "data", *(f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    of = of or _Detector()
     recipe = root / "recipe.json"
-    recipe.write_text(json.dumps(recipe_for(FrameSet.make("512", 32)).model_dump(mode="json")))
+    recipe.write_text(json.dumps(recipe_for(FrameSet.make(of.size, 4)).model_dump(mode="json")))
     cli, start = "nearline.cli", server.children.start
     start("service", [cli, "serve", "--root", str(data), "--bind", service, "--source", f"eiger={detector}",
                       "--experiment", EXPERIMENT], server.environment)  # fmt: skip
-    n_frames = seconds * _LIVE_RATE
-    start("detector", [cli, "simulate", "--bind", detector, "--size", "512", "--rate", str(_LIVE_RATE), "--frames",
-                       str(n_frames), "--hit-fraction", "0.3", "--experiment", EXPERIMENT], os.environ)  # fmt: skip
+    frames = ["--size", of.size, "--rate", str(of.rate), "--frames", str(seconds * of.rate)]
+    start("detector", [cli, "simulate", "--bind", detector, *frames, "--hit-fraction", str(of.hit_fraction),
+                       "--experiment", EXPERIMENT], os.environ)  # fmt: skip
     flow = start("flow", [cli, "process", f"{EXPERIMENT}/1", "--service", service, "--wait", str(int(_STARTING_S)),
                           "--recipe", str(recipe), "--prefect"], server.environment)  # fmt: skip
     deadline = time.monotonic() + 2 * seconds + _STARTING_S
@@ -248,4 +285,4 @@ def _sample(folder: Path, flow: psutil.Process) -> _Sample | None:
     n_sealed = len(RunFolder.open(folder).stream("eiger").commits())
     n_done = sum(1 for _ in _done_chunks(folder))
     memory = sum(p.memory_info().rss for p in (flow, *flow.children(recursive=True)))
-    return _Sample(n_done, n_sealed - n_done, memory / (1 << 20))
+    return _Sample(time.monotonic(), n_done, n_sealed, memory / (1 << 20))

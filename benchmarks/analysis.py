@@ -13,7 +13,7 @@ from storage.codec import decode_into
 from storage.frame import RawFrame
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
-from tasks.bin_frames import bin_frame
+from tasks.bin_frames import Binner
 from tasks.chunk_frames import ChunkFrames, usable_mask
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Crystal, Indexer
@@ -96,13 +96,14 @@ def _of_frames(options: Options, size: str) -> list[Figure]:
     if not crystals or verdict(frames.blob(blank)):
         raise RuntimeError(f"the {size} hit was not indexed, or the blank is no blank: nothing to measure")
     saturation = frames.simulator.header.saturation_value
+    halves, quarters = (Binner(verdict.mask, factor, saturation) for factor in (2, 4))
     n = options.choose(1, 3)
     t = interleave(
         {
             "memcpy": clock(lambda: np.copyto(copy, bright), n),
             "decode": clock(lambda: decode_into(blob, copy), n),
-            "bin 2 × 2": clock(lambda: bin_frame(bright, verdict.mask, 2, saturation), n),
-            "bin 4 × 4": clock(lambda: bin_frame(bright, verdict.mask, 4, saturation), n),
+            "bin 2 × 2": clock(lambda: halves(bright), n),
+            "bin 4 × 4": clock(lambda: quarters(bright), n),
             "find_peaks, blank": clock(lambda: verdict.find(dark), n),
             "find_peaks, hit": clock(lambda: verdict.find(bright), n),
             "index, hit": clock(lambda: verdict.index(q, peaks["intensity"]), n),

@@ -31,6 +31,9 @@ __all__ = [
 
 log = logging.getLogger("nearline.provenance")
 
+# What is read at a time of a file to be digested.
+_PIECE_BYTES = 16 << 20
+
 RelationKind = Literal["used", "wasGeneratedBy", "wasAssociatedWith", "wasDerivedFrom", "actedOnBehalfOf"]
 
 
@@ -385,8 +388,14 @@ def _export_records(
 
 
 def _file_digest(path: Path) -> str:
-    """blake3, hex; mapped and on all cores, since an exported run may be large."""
-    return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
+    """blake3, hex; on all cores, since an exported run may be large."""
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    # Not mapped into memory: a file of gigabytes would count as ours, all of it.
+    piece = bytearray(_PIECE_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(piece):
+            digest.update(memoryview(piece)[:n])
+    return digest.hexdigest()
 
 
 def _processing_id(processing: Processing) -> str:

@@ -157,8 +157,9 @@ class _Work:
             return
         seen = [self._as_seen(one, {}) for one in missing]
         works = [
-            one.step.frame_work(chunk, _params(one.step, one.spec))  # type: ignore[misc]
+            one.step.frame_work(chunk, _params(one.step, one.spec))
             for one, chunk in zip(missing, seen, strict=True)
+            if one.step.frame_work is not None
         ]
         results = seen[0].map(lambda position: [_timed(work.each, position) for work in works])
         for number, (one, work) in enumerate(zip(missing, works, strict=True)):

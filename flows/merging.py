@@ -294,7 +294,8 @@ def _write(output: Path, name: str, request: MergeRequest, merge: Mergeable, res
     files = {kind: output / f"{name}.{kind}" for kind in ("mtz", "hkl", "png", "json")}
     is_modelled = result.partiality is not None and result.partiality.is_used
     how = "scaled, partialities modelled" if is_modelled else "scaled" if result.scaling else "plain mean"
-    history = f"nearline merge: {len(result.inputs)} runs, {result.statistics.n_crystals} crystals, {how}"
+    runs = f"{len(result.inputs)} run{'s' if len(result.inputs) != 1 else ''}"
+    history = f"nearline merge: {runs}, {result.statistics.n_crystals} crystals, {how}"
     merged, unique = merge.merged(), merge.unique
     merged_mtz(merged, unique.cell, unique.is_apart, history).write_to_file(str(files["mtz"]))
     replace(files["hkl"], hkl_text(merged, unique.cell, unique.is_apart, history).encode())

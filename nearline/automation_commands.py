@@ -1,12 +1,13 @@
 """`nearline up`, `down`, `catch-up` and `relay`: what goes by itself, and what keeps it going."""
 
 import json
+import logging
 import os
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +15,15 @@ from rich.console import Console
 from nearline.logs import configure_logs
 from nearline.options import AsJson, Logs, Root
 
+if TYPE_CHECKING:
+    from flows.experiment import Experiment
+
 __all__ = ["register"]
+
+log = logging.getLogger("nearline.provenance")
+
+# How old the tables of provenance may be, beside a catch-up.
+_PROVENANCE_S = 60.0
 
 console = Console()
 errors = Console(stderr=True)
@@ -83,18 +92,44 @@ def catch_up(
     """Start flow runs for runs that nobody has processed, and end those whose process is gone.
 
     After a power cut, a killed worker or a Prefect server that was away, the data folder and Prefect disagree: this
-    looks again and again, and mends it. A run that any recipe has processed is left alone. Stop it with Ctrl-C.
+    looks again and again, and mends it. A run that any recipe has processed is left alone. Beside that it keeps the
+    tables of provenance up to what the run folders say. Stop it with Ctrl-C.
     """
     from flows.catch_up import CatchUp
     from flows.experiment import load_experiment
 
     configure_logs(errors, log_format=log_format)
-    work = CatchUp(load_experiment(file.absolute()), api, patience_s=patience)
-    for deed in work.look() if once else work.follow(_told_to_stop()):
+    experiment, stop = load_experiment(file.absolute()), _told_to_stop()
+    work = CatchUp(experiment, api, patience_s=patience)
+    if once:
+        _refresh_provenance(experiment)
+    else:
+        threading.Thread(target=_keep_provenance, args=(experiment, stop), name="provenance", daemon=True).start()
+    for deed in work.look() if once else work.follow(stop):
         if as_json:
             print(json.dumps(deed.as_json()), flush=True)
         else:
             console.print(f"{deed.run} {deed.action}: {deed.why}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _keep_provenance(experiment: "Experiment", stop: threading.Event) -> None:
+    """Bring the tables up again and again, in a thread of its own: a database that is away holds nothing else up."""
+    while not stop.is_set():
+        _refresh_provenance(experiment)
+        stop.wait(_PROVENANCE_S)
+
+
+def _refresh_provenance(experiment: "Experiment") -> None:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from nearline import provenance_commands
+
+    if not experiment.root.is_dir():  # no run yet
+        return
+    try:
+        provenance_commands.refresh(experiment.root, experiment.deployment.service.catalog_url)
+    except (SQLAlchemyError, OSError) as error:
+        log.warning("the tables of provenance are behind: %s", error)
 
 
 def relay(

@@ -496,7 +496,9 @@ def rebuild_catalog(
         rebuilt = index.rebuild(root.absolute(), lambda done, total: bars.update("runs", done, total))
     index.close()
     with show.StageBars(errors) as bars:
-        n_known = provenance_commands.rebuild(root, catalog, lambda done, total: bars.update("provenance", done, total))
+        n_known = provenance_commands.refresh(
+            root, catalog, anew=True, progress=lambda done, total: bars.update("provenance", done, total)
+        )
     for why in rebuilt.left_out:
         errors.print(f"left out: {why}", highlight=False, soft_wrap=True)
     console.print(f"{rebuilt.n_runs} runs in the catalog of {root}, {n_known} with their provenance")

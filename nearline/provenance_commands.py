@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from nearline.options import AsJson, Root, Service
+from nearline.show import StageBars
 
-__all__ = ["rebuild", "register"]
+__all__ = ["refresh", "register"]
 
 console = Console()
 errors = Console(stderr=True)
@@ -29,24 +30,27 @@ def register(app: typer.Typer) -> None:
     app.command()(provenance)
 
 
-def rebuild(root: Path, url: str | None, progress: Callable[[int, int], None]) -> int:
-    """Make the tables of provenance anew from the run folders; how many runs they know."""
+def refresh(
+    root: Path,
+    url: str | None,
+    *,
+    anew: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Bring the tables of provenance up to what the run folders say; how many runs were read for it."""
     from storage.catalog import default_url
-    from storage.errors import NearlineError
     from storage.provenance_tables import ProvenanceTables
-    from storage.run_folder import find_runs
 
-    tables, n_known = ProvenanceTables(url or default_url(root)), 0
-    folders = list(find_runs(root.absolute(), left_out=lambda why: None))
-    for n_done, folder in enumerate(folders, 1):
-        try:
-            tables.record(folder)
-            n_known += 1
-        except (NearlineError, OSError) as error:
-            errors.print(f"left out: {error}", highlight=False, soft_wrap=True)
-        progress(n_done, len(folders))
-    tables.close()
-    return n_known
+    tables = ProvenanceTables(url or default_url(root))
+    try:
+        return tables.refresh(
+            root.absolute(),
+            anew=anew,
+            progress=progress,
+            left_out=lambda why: errors.print(f"left out: {why}", highlight=False, soft_wrap=True),
+        )
+    finally:
+        tables.close()
 
 
 # ---- explain --------------------------------------------------------------------------------------
@@ -201,7 +205,8 @@ def provenance(
 ) -> None:
     """Show what was made of a run, of what, by whom; or write it down for other programs.
 
-    --made-by and --made-from ask the tables that `nearline catalog rebuild` fills from the run folders.
+    --made-by and --made-from ask the tables beside the catalog, once they have taken in what is new in the run
+    folders.
     """
     if made_by or made_from:
         _search(made_by, made_from, catalog, root, as_json)
@@ -305,6 +310,10 @@ def _search(made_by: str | None, made_from: str | None, catalog: str | None, roo
     from storage.catalog import default_url
     from storage.provenance_tables import ProvenanceTables, run_of
 
+    if not root.is_dir():
+        raise typer.BadParameter(f"no data folder {root}; name it with --root")
+    with StageBars(errors) as bars:
+        refresh(root, catalog, progress=lambda done, total: bars.update("looking for what is new", done, total))
     tables = ProvenanceTables(catalog or default_url(root))
     rows = tables.made_by(made_by) if made_by else tables.made_from(made_from or "")
     tables.close()
@@ -315,4 +324,5 @@ def _search(made_by: str | None, made_from: str | None, catalog: str | None, roo
         step = row.attributes.get("step") or ""
         console.print(f"{run_of(row)}  {row.kind} {step}  {row.location}", highlight=False, soft_wrap=True)
     if not rows:
-        console.print("nothing; does `nearline catalog rebuild` know of it?", highlight=False)
+        what = f"made by {made_by}" if made_by else f"made from {made_from}"
+        console.print(f"nothing in {root} was {what}", highlight=False, soft_wrap=True)

@@ -1,21 +1,29 @@
 """Provenance of many runs in SQL: who made what, asked across all of a data folder.
 
-The lines in the run folders are the truth; these tables are made anew from them (`nearline catalog rebuild`).
+The run folders are the truth, and these tables an index of them: `ProvenanceTables.refresh` reads again what has
+changed since it last looked, and whoever asks has it do so first.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import blake3
 from sqlalchemy import JSON, BigInteger, Column
 from sqlmodel import Field, SQLModel, delete, select
 
+from storage.errors import NearlineError
 from storage.names import run_key
 from storage.provenance import provenance_of
-from storage.run_folder import RunFolder
+from storage.run_folder import RunFolder, find_runs
 from storage.sql import Database, Utc
 
 __all__ = ["ActivityRow", "AgentRow", "EntityRow", "ProvenanceTables", "RelationRow", "run_of"]
+
+log = logging.getLogger("nearline.provenance")
 
 
 class ActivityRow(SQLModel, table=True):
@@ -71,6 +79,15 @@ class RelationRow(SQLModel, table=True):
     role: str | None = None
 
 
+class SeenRow(SQLModel, table=True):
+    """What a run's folder looked like when its rows were made."""
+
+    __tablename__ = "prov_seen"
+    experiment: str = Field(primary_key=True)
+    run: int = Field(primary_key=True)
+    looks: str
+
+
 _TABLES: tuple[Any, ...] = (ActivityRow, EntityRow, AgentRow, RelationRow)
 # As SQL sees them: their fields are columns there.
 _ENTITY: Any = EntityRow
@@ -82,11 +99,41 @@ class ProvenanceTables:
     """The provenance of runs in a database, the catalog's most times."""
 
     def __init__(self, url: str) -> None:
-        self._database = Database(url, _TABLES)
+        self._database = Database(url, (*_TABLES, SeenRow))
+
+    def refresh(
+        self,
+        root: Path,
+        *,
+        anew: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        left_out: Callable[[str], None] = log.warning,
+    ) -> int:
+        """Bring the rows of all runs of a data folder up to what their folders say; how many had changed.
+
+        Runs that look as they did are not read, so it may be called often.
+
+        Parameters
+        ----------
+        anew : read all of them.
+        progress : called with (runs looked at, runs in all).
+        left_out : told of each run that cannot be read, and why; its rows stay as they are.
+        """
+        folders, seen, n_changed = list(find_runs(root, left_out=left_out)), {} if anew else self._seen(), 0
+        for n_done, folder in enumerate(folders, 1):
+            try:
+                if seen.get((folder.header.experiment, folder.header.run)) != _looks(folder.path):
+                    self.record(folder)
+                    n_changed += 1
+            except (NearlineError, OSError) as error:
+                left_out(str(error))
+            progress(n_done, len(folders))
+        return n_changed
 
     def record(self, folder: RunFolder) -> None:
         """Bring the rows of one run up to what its folder says."""
         experiment, run = folder.header.experiment, folder.header.run
+        looks = _looks(folder.path)  # before it is read: what comes meanwhile is seen the next time
         graph = provenance_of(folder.path)
         mine: dict[str, Any] = {"experiment": experiment, "run": run}
         rows: Sequence[Sequence[SQLModel]] = (
@@ -94,6 +141,7 @@ class ProvenanceTables:
             [EntityRow(**mine, **record.model_dump()) for record in graph.entities.values()],
             [AgentRow(**mine, **a.model_dump(), commit=a.attributes.get("commit")) for a in graph.agents.values()],
             [RelationRow(**mine, number=n, **record.model_dump()) for n, record in enumerate(graph.relations)],
+            [SeenRow(**mine, looks=looks)],
         )
         with self._database.session() as session:
             for table in _TABLES:
@@ -127,6 +175,10 @@ class ProvenanceTables:
     def close(self) -> None:
         self._database.close()
 
+    def _seen(self) -> dict[tuple[str, int], str]:
+        with self._database.session() as session:
+            return {(row.experiment, row.run): row.looks for row in session.exec(select(SeenRow))}
+
     def _generated_by(self, session: Any, agent: AgentRow) -> Iterator[EntityRow]:
         worked = self._related(session, agent, "wasAssociatedWith", object=agent.id)
         for activity in {row.subject for row in worked}:
@@ -145,6 +197,21 @@ class ProvenanceTables:
     def _entities(self, session: Any, of: Any, ids: set[str]) -> list[EntityRow]:
         mine = _ENTITY.experiment == of.experiment, _ENTITY.run == of.run
         return list(session.exec(select(_ENTITY).where(*mine, _ENTITY.id.in_(sorted(ids))))) if ids else []
+
+
+def _looks(run: Path) -> str:
+    """blake3, hex, over sizes and times of what the provenance of a run is read from, without reading it.
+
+    A folder's own time tells of each file that gets its name in it; only the lines in ``provenance/`` grow in place.
+    """
+    places = [*run.glob("provenance/*.jsonl"), *run.glob("processed/*"), *run.glob("processed/*/chunks"),
+              *run.glob("*.chunks"), run / "steps"]  # fmt: skip
+    facts = []
+    for place in sorted(places):
+        if place.exists():
+            stat = os.stat(place)
+            facts.append(f"{place.relative_to(run)} {stat.st_size} {stat.st_mtime_ns}")
+    return blake3.blake3("\n".join(facts).encode()).hexdigest()
 
 
 def _key(row: EntityRow) -> tuple[str, int, str]:

@@ -29,6 +29,7 @@ from storage.files import is_local, publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
 from storage.models import Record
 from storage.names import check_name
+from storage.run_folder import parse_file
 from storage.table_digest import table_digest
 
 __all__ = ["ChunkManifest", "Claim", "Manifest", "Processing", "StepStore", "Tables", "find_processings"]
@@ -226,7 +227,7 @@ class Processing:
     @property
     def manifest(self) -> Manifest:
         try:
-            return Manifest.model_validate_json((self.folder / "manifest.json").read_bytes())
+            return parse_file(Manifest, self.folder / "manifest.json")
         except FileNotFoundError:
             raise RunNotFound(f"no processing {self.name} in {self.run}; `nearline process` makes one") from None
 
@@ -312,12 +313,12 @@ class Processing:
     def chunk(self, number: int) -> ChunkManifest | None:
         """What was made of a chunk, or None if it has not been processed."""
         path = self._chunk_path(number)
-        return ChunkManifest.model_validate_json(path.read_bytes()) if path.exists() else None
+        return parse_file(ChunkManifest, path) if path.exists() else None
 
     def chunks(self) -> Iterator[ChunkManifest]:
         """All processed chunks, in order."""
         for path in sorted((self.folder / "chunks").glob("[0-9]*.json")):
-            yield ChunkManifest.model_validate_json(path.read_bytes())
+            yield parse_file(ChunkManifest, path)
 
     def table(self, name: str) -> pa.Table:
         """One result table (``frames``, ``peaks``, ``crystals``, ``reflections`` …) over all chunks.

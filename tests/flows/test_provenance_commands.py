@@ -1,11 +1,13 @@
 """`nearline explain` and `nearline provenance` on a processed run, their files read by other people's programs."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
 from pathlib import Path
 
+import blake3
 import h5py
 import pytest
 from prov.model import ProvAssociation, ProvDerivation, ProvDocument, ProvGeneration, ProvUsage
@@ -17,6 +19,7 @@ from flows.explaining import explain
 from flows.run_processing import ProcessRequest, run_processing
 from nearline.cli import app
 from storage.errors import RunNotFound
+from storage.provenance import ProvenanceRecorder
 from storage.provenance_tables import ProvenanceTables
 from storage.run_folder import RunFolder
 from storage.step_store import Processing, StepStore
@@ -200,11 +203,13 @@ def text(dataset: h5py.Dataset) -> str:
 def test_all_runs_are_asked_what_a_commit_or_some_frames_made(processed, tmp_path, where, request):
     url = f"sqlite:///{tmp_path}/c.sqlite" if where == "sqlite" else request.getfixturevalue("postgres").url
     root = processed.parents[1]
+    store = Processing(processed, "p1")
+    chunk = next(store.chunks())
+    done = nearline("provenance", "--made-from", chunk.chunk_digest, "--root", root, "--catalog", url, "--json")
+    assert {row["digest"] for row in json.loads(done.stdout)} == set(chunk.steps.values()), "without a rebuild"
     done = nearline("catalog", "rebuild", "--root", root, "--catalog", url)
     assert done.exit_code == 0, done.output
     assert "1 with their provenance" in " ".join(done.output.split())
-    store = Processing(processed, "p1")
-    chunk = next(store.chunks())
     tables = ProvenanceTables(url)
     made = tables.made_from(chunk.chunk_digest)
     assert {row.digest for row in made} == set(chunk.steps.values())
@@ -218,3 +223,31 @@ def test_all_runs_are_asked_what_a_commit_or_some_frames_made(processed, tmp_pat
         done = nearline("provenance", "--made-by", commit.stdout[:10], "--root", root, "--catalog", url, "--json")
         assert len(json.loads(done.stdout)) == sum(len(c.steps) for c in store.chunks())
     assert "nothing" in nearline("provenance", "--made-by", "0" * 12, "--root", root, "--catalog", url).output
+
+
+def test_tables_read_again_only_the_runs_that_have_changed(processed, tmp_path):
+    root = tmp_path / "data"
+    for number in (1, 2):
+        folder = root / processed.parent.name / str(number)
+        shutil.copytree(processed, folder)
+        header = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(header | {"run": number}))
+    tables = ProvenanceTables(f"sqlite:///{tmp_path}/c.sqlite")
+    assert tables.refresh(root) == 2
+    assert tables.refresh(root) == 0
+    run = root / processed.parent.name / "2"
+    recorder = ProvenanceRecorder(run, Processing(run, "p1"))
+    recorder.finished({})
+    assert tables.refresh(root) == 1
+    recorder.exported({"nexus": run / "run.json"})
+    assert tables.refresh(root) == 1, "lines are added to a file that was there"
+    digest = blake3.blake3((run / "run.json").read_bytes()).hexdigest()
+    assert [row.location for row in tables.with_digest(digest)] == ["run.json"]
+    (run / "processed" / "p1" / "manifest.json").write_text("{")
+    os.utime(run / "processed" / "p1")
+    told: list[str] = []
+    assert tables.refresh(root, left_out=told.append) == 0
+    assert "manifest.json" in told[0]
+    assert tables.with_digest(digest), "what was known stays"
+    assert tables.refresh(root, anew=True, left_out=told.append) == 1
+    tables.close()

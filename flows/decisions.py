@@ -15,7 +15,15 @@ from pydantic import Field
 
 from flows.criteria import Criterion, Quantity, read_criteria
 from flows.forecasting import History, forecast
-from flows.run_tally import RunTally, cell_of, chosen_processing, runs_of_sample, usual_d_min, values_of
+from flows.run_tally import (
+    GrowingMerges,
+    RunTally,
+    cell_of,
+    chosen_processing,
+    runs_of_sample,
+    usual_d_min,
+    values_of,
+)
 from storage.errors import BadCriterion, NearlineError
 from storage.files import append_line
 from storage.models import Record
@@ -58,6 +66,7 @@ class Judge:
         self.tally = self._new_tally(processing)
         self._others: dict[Path, RunTally] = {}
         self._history = {scope: History() for scope in self._quantities}
+        self._merges = {scope: GrowingMerges(self._d_min) for scope in self._quantities}
         self._values: dict[str, dict[Quantity, float | None]] = {"run": {}, "sample": {}}
 
     def refresh(self) -> int:
@@ -67,7 +76,7 @@ class Judge:
             n_new += self._refresh_others()
         for scope, quantities in self._quantities.items():
             tallies = self._tallies(scope)
-            self._values[scope] = values_of(tallies, quantities, self._d_min)
+            self._values[scope] = values_of(tallies, quantities, self._merges[scope])
             self._history[scope].add(sum(tally.minutes for tally in tallies), self._values[scope])
         return n_new
 

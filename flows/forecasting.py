@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flows.criteria import Comparison, Junction, Negation, Node, Quantity, Values
+from flows.growing_merge import OF_SCALED
 
 __all__ = ["Forecast", "History", "forecast"]
 
@@ -71,8 +72,13 @@ class History:
         for quantity, value in values.items():
             if value is not None and quantity.name in _STRAIGHT:
                 points = self.points.setdefault(quantity, deque(maxlen=_KEEP))
-                if not points or minutes > points[-1][0]:
+                if not points or (minutes > points[-1][0] and not _is_old(quantity, value, points[-1][1])):
                     points.append((minutes, value))
+
+
+def _is_old(quantity: Quantity, value: float, last: float) -> bool:
+    """Whether it is the value of the last fit: between fits nothing is known, which is not that nothing has changed."""
+    return quantity.name in OF_SCALED and value == last
 
 
 def forecast(node: Node, values: Values, history: History) -> Forecast | None:

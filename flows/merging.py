@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flows.merge_splits import Labels, file_endings, labels_of_frames, split_crystals
 from flows.merged_files import draw_statistics, hkl_text, merged_mtz
+from flows.observed_reflections import POLARISATION, observed_reflections
 from flows.run_choice import choose_runs
 from flows.run_tally import cell_of, chosen_processing, geometry_of, usual_d_min
 from storage.errors import BadFrame, BadQuery, BadRecipe, RunNotFound
@@ -18,28 +19,18 @@ from storage.models import Model, Record
 from storage.promotion import default_processing
 from storage.step_store import Processing
 from streaming.retrieval import open_run
-from tasks.correct_polarisation import polarisation_of_spots
-from tasks.merge_crystals import (
-    REFLECTION_COLUMNS,
-    Mergeable,
-    MergeStatistics,
-    MergeSums,
-    merge_statistics,
-    unique_reflections,
-)
-from tasks.model_partiality import PartialityReport, model_partiality
+from tasks.join_crystals import join_crystals
+from tasks.merge_crystals import Mergeable, MergeStatistics, merge_statistics, unique_reflections
+from tasks.model_partiality import PartialityReport
 from tasks.observations import Observations, gather_observations
-from tasks.resolve_ambiguity import AmbiguityReport, resolve_ambiguity
-from tasks.scale_crystals import CrystalScales, ScalingReport, merge_scaled, scale_crystals
+from tasks.resolve_ambiguity import AmbiguityReport
+from tasks.scale_crystals import ScalingReport
 from tasks.unit_cell import UnitCell, read_cell
 
 __all__ = ["MergeRequest", "MergeResult", "are_alike", "lines_about", "merge_runs"]
 
 # Cells that differ by more do not belong to one merge; relative, and degrees.
 _LENGTH_TOLERANCE, _ANGLE_TOLERANCE = 0.02, 1.5
-_POSITIONS = ("x", "y", "panel")
-# With fewer, so many would be left out that a plain mean of all says more.
-_FEWEST_SCALED = 0.5
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +49,7 @@ class MergeRequest(Model):
     partiality: bool = Field(True, description="model partialities too, where that makes crystals more alike")
     resolve: bool = Field(True, description="resolve the indexing ambiguity, where the lattice has one")
     polarisation: float | None = Field(
-        0.99, ge=0, le=1, description="horizontal fraction of the beam, for the correction; null for none"
+        POLARISATION, ge=0, le=1, description="horizontal fraction of the beam, for the correction; null for none"
     )
     split: str | None = Field(None, description="a column of the frames, or a condition on them; a set for each value")
     n_shells: int = Field(10, ge=1, le=100, description="resolution shells of the statistics")
@@ -106,32 +97,18 @@ def merge_runs(
     cell = _cell_of(found, request)
     labels = _labels(chosen.names, found, request) if request.split else {}
     observations, notes = _gather(found, cell, request, progress)
-    indexings = resolve_ambiguity(observations) if request.resolve else None
-    if indexings is not None:
-        observations = indexings.applied(observations)
-        notes += _about_indexing(indexings.report)
-    scales = scale_crystals(observations) if request.scale else None
-    if scales is not None and scales.is_scaled.mean() < _FEWEST_SCALED:
-        notes.append(
-            f"not scaled, but a plain mean: only {scales.is_scaled.sum()} of {len(observations)} crystals can be"
-        )
-        scales = None
-    partiality = None
-    if scales is not None and request.partiality:
-        scales, partiality = model_partiality(observations, scales)
-    merge = _Merge(observations, scales, request)
-    every = np.ones(len(observations), bool)
-    sets = split_crystals(observations, labels, request.split) if request.split else {}
-    all_of_them, by_value = merge.of(every), {name: merge.of(which) for name, which in sets.items()}
+    joined = join_crystals(observations, resolve=request.resolve, scale=request.scale, partiality=request.partiality)
+    sets = split_crystals(joined.observations, labels, request.split) if request.split else {}
+    all_of_them, by_value = joined.merged(), {name: joined.merged(which) for name, which in sets.items()}
     result = MergeResult(
         statistics=merge_statistics(all_of_them, request.n_shells),
         inputs={run: processing.name for run, processing in found.items()},
         left_out=chosen.left_out | left_out,
-        scaling=scales.report() if scales is not None else None,
-        partiality=partiality,
-        ambiguity=indexings.report if indexings else None,
+        scaling=joined.scaling,
+        partiality=joined.partiality,
+        ambiguity=joined.ambiguity,
         sets={name: merge_statistics(one, request.n_shells) for name, one in by_value.items()},
-        notes=tuple(notes),
+        notes=(*notes, *joined.notes),
     )
     if output is None:
         return result
@@ -165,23 +142,6 @@ def lines_about(result: MergeResult) -> list[str]:
     return [*lines, *result.notes]
 
 
-class _Merge:
-    """Merges of some crystals of all, which were scaled together."""
-
-    def __init__(self, observations: Observations, scales: CrystalScales | None, request: MergeRequest) -> None:
-        self._observations, self._scales, self._request = observations, scales, request
-
-    def of(self, which: np.ndarray) -> Mergeable:
-        if self._scales is not None:
-            return merge_scaled(self._observations, self._scales, which)
-        unique = self._observations.unique
-        sums = MergeSums(unique.cell, unique.d_min, unique.friedel_mates)
-        for run, table in self._observations.by_run(which):
-            sums.add(run, table)
-        sums.n_refused += int(self._observations.n_refused[which].sum())
-        return sums
-
-
 def _gather(
     found: dict[str, Processing], cell: UnitCell, request: MergeRequest, progress: Progress
 ) -> tuple[Observations, list[str]]:
@@ -197,29 +157,13 @@ def _gather(
 
 def _observed(processing: Processing, polarisation: float | None) -> tuple[dict[str, np.ndarray], str | None]:
     """Reflections of a processing, corrected for polarisation; or why not."""
-    table = processing.table("reflections")
-    known = [name for name in ("excitation",) if name in table.column_names]
-    columns = {name: table[name].to_numpy() for name in (*REFLECTION_COLUMNS, *known)}
-    if polarisation is None:
-        return columns, None
-    if missing := [name for name in _POSITIONS if name not in table.column_names]:
-        return columns, f"its reflections have no {', '.join(missing)}"
+    geometry, why_unknown = None, None
     try:
-        geometry = geometry_of(processing)
+        geometry = geometry_of(processing) if polarisation is not None else None
     except BadFrame as error:
-        return columns, str(error)
-    x, y, panel = (table[name].to_numpy() for name in _POSITIONS)
-    left = polarisation_of_spots(geometry, x, y, panel, polarisation)
-    return columns | {name: columns[name] / left for name in ("intensity", "sigma")}, None
-
-
-def _about_indexing(report: AmbiguityReport) -> list[str]:
-    if report.is_resolved:
-        return []
-    return [
-        f"the indexing ambiguity ({'; '.join(report.operations)}) could not be resolved: indexings are mixed as in a "
-        "twin; merge more crystals, or to where they still correlate"
-    ]
+        why_unknown = str(error)
+    columns, why_not = observed_reflections(processing.table("reflections"), geometry, polarisation)
+    return columns, why_not and (why_unknown or why_not)
 
 
 def _labels(names: Sequence[str], found: dict[str, Processing], request: MergeRequest) -> dict[str, Labels]:

@@ -12,18 +12,20 @@ import numpy as np
 import pyarrow as pa
 
 from flows.criteria import AGGREGATES, Quantity
-from storage.errors import BadCriterion, DamagedFile, NearlineError, RunNotFound
+from flows.growing_merge import OF_SCALED, ChunkReflections, GrowingMerge
+from storage.errors import BadCriterion, BadFrame, DamagedFile, NearlineError, RunNotFound
 from storage.geometry import Geometry
 from storage.models import DetectorHeader, StreamHeader
 from storage.names import run_key
 from storage.promotion import read_promotion
 from storage.run_folder import RunFolder
 from storage.step_store import ChunkManifest, Processing, StepStore, find_processings, join_frames
-from tasks.merge_crystals import MergeStatistics, MergeSums, merge_statistics
+from tasks.merge_crystals import REFLECTION_COLUMNS, MergeStatistics, MergeSums, merge_statistics
 from tasks.recipe import load_recipe
 from tasks.unit_cell import UnitCell, read_cell
 
 __all__ = [
+    "GrowingMerges",
     "RunTally",
     "cell_of",
     "chosen_processing",
@@ -68,6 +70,8 @@ class RunTally:
                 f"{names_} needs merged reflections; give the recipe a sample with a cell, and integrate"
             )
         self.sums = {limit: MergeSums(cell, limit) for limit in limits if cell is not None and limit is not None}
+        self.reflections: list[ChunkReflections] = []
+        self._geometry = _known_geometry(processing) if self.sums else None
 
     def __len__(self) -> int:
         """Chunks so far."""
@@ -94,15 +98,18 @@ class RunTally:
             for name in set(self._wanted) & set(frames.column_names):
                 self._columns.setdefault(name, {})[chunk.chunk] = _numbers(frames[name], name)
         if self.sums:
-            self._merge([table for d in chunk.steps.values() if (table := store.read(d, "reflections")) is not None])
+            self._merge(chunk, store)
         self._note_time(chunk.chunk)
 
-    def _merge(self, tables: list[pa.Table]) -> None:
-        names = ("frame_index", "crystal", "h", "k", "l", "intensity", "sigma")
-        for table in tables[-1:]:
-            columns = {name: table[name].to_numpy() for name in names}
+    def _merge(self, chunk: ChunkManifest, store: StepStore) -> None:
+        tables = {digest: store.read(digest, "reflections") for digest in chunk.steps.values()}
+        for digest, table in [(d, table) for d, table in tables.items() if table is not None][-1:]:
+            columns = {name: table[name].to_numpy() for name in REFLECTION_COLUMNS}
             for sums in self.sums.values():
                 sums.add(self.run, columns)
+            crystals = np.stack([columns["frame_index"], columns["crystal"]])
+            n_crystals = int(np.unique(crystals, axis=1).shape[1])
+            self.reflections.append(ChunkReflections(self.run, chunk.chunk, n_crystals, store, digest, self._geometry))
 
     def _note_time(self, chunk: int) -> None:
         try:
@@ -139,16 +146,35 @@ class RunTally:
         }
 
 
+class GrowingMerges:
+    """Scaled merges of the same runs to several resolutions, each remembering its last fit.
+
+    d_min : Å, for quantities that do not name their own.
+    """
+
+    def __init__(self, d_min: float | None) -> None:
+        self.d_min = d_min
+        self._merges: dict[float, GrowingMerge] = {}
+
+    def statistics(self, tallies: Sequence[RunTally], limit: float, cell: UnitCell) -> MergeStatistics | None:
+        merge = self._merges.setdefault(limit, GrowingMerge(cell, limit))
+        return merge.statistics([chunk for tally in tallies for chunk in tally.reflections])
+
+
 def values_of(
-    tallies: Sequence[RunTally], quantities: Iterable[Quantity], d_min: float | None
+    tallies: Sequence[RunTally], quantities: Iterable[Quantity], merges: GrowingMerges
 ) -> dict[Quantity, float | None]:
     """The value of each quantity over some runs; None where it cannot be said.
+
+    Parameters
+    ----------
+    merges : of these runs; kept from one call to the next, since a fit takes long.
 
     Raises
     ------
     BadCriterion : an aggregate of a column that no step makes.
     """
-    merged = _Merged(tallies, d_min)
+    merged = _Merged(tallies, merges)
     return {quantity: _value(tallies, quantity, merged) for quantity in quantities}
 
 
@@ -184,14 +210,14 @@ def _column(tallies: Sequence[RunTally], name: str) -> np.ndarray:
 
 
 class _Merged:
-    """Statistics over several runs, made once for each d_min."""
+    """Statistics over several runs, made once for each d_min: counts of all, quality of what is scaled."""
 
-    def __init__(self, tallies: Sequence[RunTally], d_min: float | None) -> None:
-        self._tallies, self._d_min = tallies, d_min
+    def __init__(self, tallies: Sequence[RunTally], merges: GrowingMerges) -> None:
+        self._tallies, self._merges = tallies, merges
         self._made: dict[float, MergeStatistics] = {}
 
     def statistics(self, d_min: float | None) -> MergeStatistics:
-        limit = d_min or self._d_min
+        limit = d_min or self._merges.d_min
         assert limit is not None
         if limit not in self._made:
             sums = self._tallies[0].sums[limit]
@@ -199,8 +225,18 @@ class _Merged:
                 sums = MergeSums(sums.unique.cell, limit)
                 for tally in self._tallies:
                     sums.add_sums(tally.sums[limit])
-            self._made[limit] = merge_statistics(sums)
+            counted = merge_statistics(sums)
+            scaled = self._merges.statistics(self._tallies, limit, sums.unique.cell)
+            better = {name: getattr(scaled, name) for name in OF_SCALED} if scaled is not None else {}
+            self._made[limit] = counted.model_copy(update=better)
         return self._made[limit]
+
+
+def _known_geometry(processing: Processing) -> Geometry | None:
+    try:
+        return geometry_of(processing)
+    except BadFrame:
+        return None
 
 
 def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from flows.chunk_figures import beam_shifts, figures_of_chunk, newest_table
 from flows.criteria import Quantity
+from flows.growing_merge import join_chunks
 from flows.merging import are_alike
 from flows.report.tallies import Blocks, DetectorMap, PeakCounts, Sample
 from flows.run_tally import RunTally, cell_of, usual_d_min
@@ -23,6 +24,7 @@ from storage.states import StreamLedger
 from storage.step_store import ChunkManifest, Manifest, Processing, StepStore, join_frames
 from streaming.retrieval import Run
 from tasks.merge_crystals import BadMerge, MergeStatistics, MergeSums, merge_statistics
+from tasks.scale_crystals import ScalingReport
 from tasks.unit_cell import UnitCell
 
 __all__ = ["CRYSTAL_COLUMNS", "Gathered", "RunPart", "gather"]
@@ -96,6 +98,7 @@ class Gathered:
         self.hits_with: dict[int, Example] = {}
         self.notes: list[str] = []
         self.statistics: MergeStatistics | None = None
+        self.scaling: ScalingReport | None = None
 
     @property
     def figures(self) -> list[ChunkFigures]:
@@ -142,7 +145,7 @@ def gather(pairs: Sequence[tuple[Run, Processing]], progress: Progress = lambda 
                 _take(found, part, chunk)
             n_done += 1
             progress("chunks read", n_done, n_all)
-    found.statistics = _merge(found, d_min)
+    _merge(found, d_min)
     return found
 
 
@@ -199,13 +202,13 @@ def _geometry(detector: DetectorHeader, shape: tuple[int, ...]) -> Geometry | No
         return None
 
 
-def _merge(found: Gathered, d_min: float | None) -> MergeStatistics | None:
-    if d_min is None or found.cell is None:
-        return None
-    sums = MergeSums(found.cell, d_min)
-    for part in found.parts:
-        sums.add_sums(part.tally.sums[d_min])
-    return merge_statistics(sums) if sums.n_observations else None
+def _merge(found: Gathered, d_min: float | None) -> None:
+    chunks = [chunk for part in found.parts for chunk in part.tally.reflections]
+    if d_min is None or found.cell is None or not any(chunk.n_crystals for chunk in chunks):
+        return
+    joined = join_chunks(found.cell, d_min, chunks)
+    found.statistics, found.scaling = merge_statistics(joined.merged()), joined.scaling
+    found.notes += joined.notes
 
 
 # ---- chunks -------------------------------------------------------------------------------------------

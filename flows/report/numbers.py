@@ -18,6 +18,7 @@ from tasks.orientation_coverage import (
     laue_rotations,
     preferred_axis,
 )
+from tasks.scale_crystals import ScalingReport
 
 __all__ = ["ColumnFigures", "OrientationFigures", "ReportFigures", "RunFigures", "along_the_run", "figures_of"]
 
@@ -87,7 +88,8 @@ class ReportFigures(Record):
     beam_shift: tuple[float, float] | None = Field(description="px, median over crystals: where the centre should be")
     background: float | None = Field(description="counts per pixel around the peaks, median over chunks")
     orientation: OrientationFigures | None
-    merging: MergeStatistics | None = Field(description="a plain mean of all observations, not scaled")
+    merging: MergeStatistics | None = Field(description="of all crystals, scaled together where `scaling` says so")
+    scaling: ScalingReport | None = Field(description="null where crystals were not scaled, but a plain mean taken")
     columns: dict[str, ColumnFigures] = Field(description="of users' steps, and the total counts of bin")
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
@@ -120,6 +122,7 @@ def figures_of(found: Gathered) -> ReportFigures:
         background=_median(np.array([one.background for one in found.figures])),
         orientation=orientation,
         merging=found.statistics,
+        scaling=found.scaling,
         columns={name: _of_column(sample) for name, sample in found.values.items() if sample.n_seen},
         decisions=tuple(decision for part in found.parts for decision in decisions_of(part.processing)),
         warnings=tuple(_warnings(found, orientation)),

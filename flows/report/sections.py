@@ -240,10 +240,15 @@ def _merging(figures: ReportFigures) -> Iterator[Section]:
     s = figures.merging
     if s is None:
         return
+    how = "scaled together" if figures.scaling is not None else "not scaled, but their plain mean"
     words = [
-        f"A plain mean of {s.n_observations:,} observations of {s.n_crystals:,} crystals in {s.space_group}, without "
-        "scales and partialities: nearline merge does better, and writes the files."
+        f"{s.n_observations:,} observations of {s.n_crystals:,} crystals in {s.space_group}, {how}, corrected for "
+        "polarisation: nearline merge models partialities as well, and writes the files."
     ]
+    if figures.scaling is not None:
+        words += [f"{n:,} crystals are left out: {why}." for why, n in figures.scaling.left_out.items()]
+    if s.n_outliers:
+        words.append(f"{s.n_outliers:,} observations are left out as outliers.")
     if s.resolution is not None:
         words.append(f"CC½ stays above 0.3 up to {s.resolution:.2f} Å.")
     if s.wilson.b_factor is not None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.canary import compare_canary
 from flows.deployed import find_deployment, processing_of, start_deployed, wait_for_flow_run
 from flows.run_choice import choose_runs
 from streaming.retrieval import open_run
@@ -68,17 +69,20 @@ def reprocess_deployed(
 def canary_deployed(
     run: str, recipe: dict[str, Any], options: dict[str, Any], *, timeout: float | None = None
 ) -> dict[str, Any]:
-    """Have a worker try a recipe on the newest frames of a run; the canary's summary.
+    """Have a worker try a recipe on the newest frames of a run; the canary's summary, and how it compares.
 
     Raises
     ------
     RunNotFound, DeploymentNotFound, ServiceUnavailable, FlowRunFailed
     """
     where = {name: options.get(name) for name in ("service", "root")}
-    name = find_deployment([f"canary-run/{open_run(run, **where).header.experiment}"])
+    opened = open_run(run, **where)
+    name = find_deployment([f"canary-run/{opened.header.experiment}"])
     started = start_deployed(name, {"run": run, "recipe": recipe, **_given(options)})
     wait_for_flow_run(started, timeout=timeout)
-    return (processing_of(run, started.flow_run_id, **where).summary or {}) | started.as_json()
+    canary = processing_of(run, started.flow_run_id, **where)
+    found = compare_canary(opened, canary)
+    return (canary.summary or {}) | {"comparison": found.as_json() if found else None} | started.as_json()
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from streaming.retrieval import Chunk, Run, Stream
 from tasks.chunk_job import ChunkJob
 from tasks.recipe import Recipe
 
-__all__ = ["newest_chunks", "process_chunks", "try_recipe"]
+__all__ = ["compare_canary", "newest_chunks", "process_chunks", "try_recipe"]
 
 _LOOK_AGAIN_S = 0.5
 
@@ -56,9 +56,18 @@ def try_recipe(
     chunks = newest_chunks(stream, minutes)
     threads = n_threads or max((os.cpu_count() or 2) // 2, 1)
     canary, summary = process_chunks(run, stream, recipe, chunks, n_threads=threads, flow_run=flow_run)
-    other = _beside(run, stream, chunks, wait)
-    found = compare_processings(other, canary) if other is not None else None
+    found = compare_canary(run, canary, wait)
     return summary | {"comparison": found.as_json() if found else None}, found
+
+
+def compare_canary(run: Run, canary: Processing, wait: float = 0.0) -> Comparison | None:
+    """How a canary compares (B) with the run's running or default processing (A); None if there is none.
+
+    wait : s in which that may come as far as the canary's frames.
+    """
+    numbers = [chunk.chunk for chunk in canary.chunks()]
+    other = _beside(run, run[canary.manifest.data_source], numbers, wait)
+    return compare_processings(other, canary) if other is not None else None
 
 
 def newest_chunks(stream: Stream, minutes: float) -> list[Chunk]:
@@ -166,10 +175,9 @@ def _create(
         return canary, canary.claim(flow_run[0] if flow_run else None)
 
 
-def _beside(run: Run, stream: Stream, chunks: Sequence[Chunk], wait: float) -> Processing | None:
-    """The processing to compare with, once it has done one of these chunks; None if there is none in time."""
+def _beside(run: Run, stream: Stream, numbers: Sequence[int], wait: float) -> Processing | None:
+    """The processing to compare with, once it has done these chunks, or one in time; None if there is none."""
     deadline = time.monotonic() + wait
-    numbers = [chunk.commit.chunk for chunk in chunks]
     while True:
         other = _running(run.folder, stream) or default_processing(run.folder, data_source=stream.name)
         if other is None or all(other.chunk(number) is not None for number in numbers):

@@ -12,7 +12,9 @@ from pathlib import Path
 import psycopg
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.calls import canary_deployed
 from flows.deploying import automation_name, deploy, flow_parameters, undeploy
 from flows.experiment import Experiment, load_experiment, service_settings
 from nearline.children import Children, free_port
@@ -23,6 +25,7 @@ from tests.flows.conftest import N_FRAMES, take_run
 
 LYSOZYME = {"name": "lysozyme", "cell": [79.1, 79.1, 37.9, 90, 90, 90], "space_group": "P 43 21 2"}
 INSULIN = {"name": "insulin", "cell": [78.9, 78.9, 78.9, 90, 90, 90], "space_group": "I 21 3"}
+POOLS = ("lyso-live", "lyso-reprocess", "lyso-export")
 INDEX = {"steps": [{"use": "find_peaks"}, {"use": "index"}]}
 
 
@@ -166,18 +169,24 @@ for experiment, run in json.loads(sys.argv[1]):
 
 @pytest.mark.timeout(240)
 def test_workers_run_what_an_event_and_a_person_ask_for(prefect_server, tmp_path):
-    """From a clone: the workers stand elsewhere, and are told where the packages are by the deployment alone."""
+    """From a clone: the workers stand elsewhere, and are told where the packages are by the deployment alone.
+
+    The file has two samples, so the worker itself finds in it what the run is processed with.
+    """
     api, (service_port, detector_port) = api_of(prefect_server), (free_port(), free_port())
     place = {"root": "data", "service": {"address": f"tcp://127.0.0.1:{service_port}"}} | pools_of("lyso")
     sources = [{"endpoint": f"tcp://127.0.0.1:{detector_port}"}]
-    experiment = written(tmp_path, "lyso", samples=[LYSOZYME], data_sources=sources, deployment=place)
+    samples = [LYSOZYME | {"runs": "1-9"}, INSULIN | {"runs": "10-"}]
+    experiment = written(
+        tmp_path, "lyso", samples=samples, default_sample="insulin", data_sources=sources, deployment=place
+    )
     deploy(experiment, api)
     environment = {k: v for k, v in prefect_server.environment.items() if k != "PYTHONPATH"}
     workers = Children(tmp_path / "logs")
     try:
         with Service(service_settings(experiment)) as service, pytest.MonkeyPatch.context() as context:
             context.chdir(tmp_path)
-            for pool in ("lyso-live", "lyso-export"):
+            for pool in POOLS:
                 workers.start(pool, ["prefect", "worker", "start", "--type", "process", "--pool", pool], environment)
             run = take_run(service, sources[0]["endpoint"], tmp_path / "truth.parquet")
             emit(prefect_server.environment, ("lyso.2", 1), ("lyso", 1))
@@ -189,6 +198,14 @@ def test_workers_run_what_an_event_and_a_person_ask_for(prefect_server, tmp_path
             assert len(done) == 2, "nothing was started for lyso.2/1"
             assert os.path.getsize(output) > 1_000_000
             assert sum(chunk.n_frames for chunk in run.processings["p1"].chunks()) == N_FRAMES
+            assert run.processings["p1"].manifest.recipe["sample"]["space_group"] == LYSOZYME["space_group"]
+            options = {"service": service.address, "minutes": 0.05}
+            context.setenv("PREFECT_API_URL", api)
+            with temporary_settings({PREFECT_API_URL: api}):
+                tried = canary_deployed("lyso/1", INDEX | {"sample": LYSOZYME}, options, timeout=100)
+            assert tried["processing"] == "canary1"
+            assert tried["part"][1] == N_FRAMES
+            assert tried["comparison"]["a"]["name"].endswith(":p1")
     finally:
         workers.stop_all()
         undeploy("lyso", api)
@@ -203,7 +220,7 @@ def finished(api: str, workers: Children, names: set[str]) -> list[dict]:
         ends = {f["name"] for f in found if f["state_type"] in ("COMPLETED", "FAILED", "CRASHED")}
         if names <= ends:
             return found
-        for pool in ("lyso-live", "lyso-export"):
+        for pool in POOLS:
             workers.check(pool)
             log = workers.log(pool).read_text()
         assert time.monotonic() < deadline, f"{[(f['name'], f['state_type']) for f in found]}\n{log[-3000:]}"

@@ -46,10 +46,10 @@ $(BIN)/python:
 
 $(VENV)/.run: $(BIN)/python requirements/run.txt pyproject.toml
 	@echo "installing what Nearline needs into $(VENV) (once, a minute or two)"
-	$(PIP) install --quiet -r requirements/run.txt
+	$(PIP) install --quiet --no-compile -r requirements/run.txt
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
-	$(PIP) install --quiet -r requirements/dev.txt
+	$(PIP) install --quiet --no-compile -r requirements/dev.txt
 	@touch $@

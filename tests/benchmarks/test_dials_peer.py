@@ -14,6 +14,7 @@ def rows_of(tmp_path):
     return {one.name: one for one in dials_peer.figures("1M", FrameSet.make("1M", 8), Options(tmp_path))}
 
 
+@pytest.mark.campaign
 def test_without_dials_our_rows_stay_and_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("NEARLINE_DIALS_PYTHON", raising=False)

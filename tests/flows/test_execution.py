@@ -125,7 +125,9 @@ def task_states(server, flow_run: dict, at_least: int) -> dict[str, str]:
     return {run["name"]: run["state_name"] for run in found}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["dask", *(pytest.param(k, marks=pytest.mark.campaign) for k in ("threads", "processes"))]
+)
 def test_the_flow_gives_the_same_on_every_task_runner(simulated_run, recipe, inline, prefect_server, tmp_path, kind):
     folder = simulated_run.copy_to(tmp_path)
     summary = summary_of(start_flow(prefect_server, folder, recipe, {"kind": kind, "workers": 2}))

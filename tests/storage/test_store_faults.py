@@ -142,11 +142,19 @@ def check(store: StreamStore, life: Life) -> None:
             store.admit(FrameInfo(frame_index=index, part=part, producer="q", sequence=0, size_bytes=1))
 
 
+# The first of so many calls in turn; all of them in a campaign.
+EVERY = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.campaign)])
+
+
+def chosen(calls: list[str], how: str, every: int) -> list[tuple[int, str]]:
+    """(number, name) of the calls to disturb; only writing has a middle."""
+    return [(n, name) for n, name in enumerate(calls) if not how.endswith("middle") or name == "pwritev"][::every]
+
+
+@EVERY
 @pytest.mark.parametrize("how", ["killed after", "killed in the middle"])
-def test_killed_at_every_call(tmp_path, calls, how):
-    for n, name in enumerate(calls):
-        if how == "killed in the middle" and name != "pwritev":
-            continue
+def test_killed_at_every_call(tmp_path, calls, how, every):
+    for n, name in chosen(calls, how, every):
         root = tmp_path / str(n)
         life = Life(new_store(root, **SMALL))
         with pytest.MonkeyPatch.context() as patch:
@@ -168,15 +176,14 @@ def test_killed_at_every_call(tmp_path, calls, how):
         assert not store.paths.accounts.exists()
 
 
+@EVERY
 @pytest.mark.parametrize("how", ["refused", "refused in the middle"])
-def test_refused_at_every_call(tmp_path, calls, how):
+def test_refused_at_every_call(tmp_path, calls, how, every):
     """The step is done again, and in the end everything is as if nothing had happened."""
     undisturbed = Life(new_store(tmp_path / "undisturbed", **SMALL))
     undisturbed.live()
     digests = {chunk: commit.digest for chunk, commit in undisturbed.store.sealed.items()}
-    for n, name in enumerate(calls):
-        if how == "refused in the middle" and name != "pwritev":
-            continue
+    for n, name in chosen(calls, how, every):
         root = tmp_path / str(n)
         life = Life(new_store(root, **SMALL))
         with pytest.MonkeyPatch.context() as patch:

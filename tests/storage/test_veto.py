@@ -221,7 +221,8 @@ class TestRefused:
         os.close(held)
 
 
-def test_killed_or_refused_at_every_call_and_repeated(tmp_path):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.campaign)])
+def test_killed_or_refused_at_every_call_and_repeated(tmp_path, every):
     undisturbed = ended(tmp_path / "0")
     plan = mark_veto(undisturbed, planned(undisturbed))
     before = blobs(undisturbed)
@@ -231,9 +232,8 @@ def test_killed_or_refused_at_every_call_and_repeated(tmp_path):
         carry_out_veto(undisturbed)
     expected = blobs(undisturbed)
     assert len(calls.names) > 40
-    for how in ("killed after", "refused"):
-        # A refusal runs through the same code: every fifth call of it is enough.
-        for n in range(0, len(calls.names), 1 if how == "killed after" else 5):
+    for first, how in enumerate(("killed after", "refused")):
+        for n in range(first, len(calls.names), every):
             name = calls.names[n]
             shutil.copytree(tmp_path / "marked", tmp_path / how / str(n))
             folder = RunFolder.open(tmp_path / how / str(n) / "lyso" / "1")

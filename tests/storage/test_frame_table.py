@@ -1,9 +1,12 @@
 """Rows of frames as Parquet, for people as much as for us."""
 
+import io
 import json
 
 import blake3
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from storage.frame import FrameInfo, content_digest, has_digest
@@ -86,3 +89,14 @@ def test_content_digest_ignores_how_a_frame_came():
     a, b = FrameInfo(frame_index=1, producer="a", received_ns=1), FrameInfo(frame_index=1, producer="b", received_ns=2)
     assert content_digest(a) == content_digest(b)
     assert content_digest(a) != content_digest(FrameInfo(frame_index=2))
+
+
+def test_frames_in_a_table_are_not_packed_again():
+    blobs = [np.random.default_rng(i).bytes(5000) for i in range(4)]
+    table = pa.table({"frame_index": range(4), "blob": blobs, "digest": [b"0" * 32] * 4})
+    content = table_bytes(table)
+    assert pq.read_table(io.BytesIO(content)) == table
+    columns = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
+    packing = {columns.column(n).path_in_schema: columns.column(n).compression for n in range(columns.num_columns)}
+    assert packing == {"frame_index": "ZSTD", "blob": "UNCOMPRESSED", "digest": "ZSTD"}
+    assert len(content) < 4 * 5000 + 4000

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.comparison import Comparison, compare_processings
-from flows.run_processing import RunTotals, new_manifest
+from flows.progress import RunTotals
+from flows.run_processing import new_manifest
 from storage.errors import StreamNotFound
 from storage.promotion import default_processing
 from storage.run_folder import ChunkCommit

@@ -9,7 +9,7 @@ from flows.run_warnings import N_RINGS, RING_WIDTH, ChunkFigures
 from storage.geometry import Geometry
 from storage.models import DetectorHeader
 from storage.step_store import ChunkManifest, StepStore
-from tasks.steps import scattering_vectors
+from tasks.step_tables import scattering_vectors
 
 __all__ = ["beam_shifts", "figures_of_chunk", "newest_table"]
 

@@ -23,7 +23,7 @@ from storage.step_store import Processing
 from tasks.recipe import Recipe, load_recipe
 from tasks.refine_detector import DetectorRefinement, refine_detector
 from tasks.refine_panels import CrystalSpots, PanelShift
-from tasks.steps import read_crystal, rows_by_frame
+from tasks.step_tables import read_crystal, rows_by_frame
 from tasks.unit_cell import UnitCell
 
 __all__ = ["DetectorFindings", "detector_of", "draw_detector", "write_geometry", "write_recipe"]

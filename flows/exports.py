@@ -19,7 +19,7 @@ from storage.step_store import Processing
 from streaming.retrieval import Frame, Run, Stream, open_run
 from tasks.process_chunk import ChunkResult
 from tasks.recipe import Recipe
-from tasks.steps import crystal_matrix
+from tasks.step_tables import crystal_matrix
 from tasks.unit_cell import UnitCell, cell_file_text, crystfel_lattice
 
 __all__ = ["RunExporter", "cell_file_text", "export_stream"]

@@ -30,7 +30,7 @@ from tasks.find_cell import FoundLattice, distance_scale, find_lattice
 from tasks.find_peaks import PEAK_DTYPE, PeakFinder, PeakParams
 from tasks.index_frame import Indexer
 from tasks.recipe import load_recipe
-from tasks.steps import scattering_vectors
+from tasks.step_tables import scattering_vectors
 from tasks.unit_cell import UnitCell
 
 __all__ = ["CellReport", "PossibleLattice", "StillSpots", "cell_of_stills", "find_cell", "recipe_text"]

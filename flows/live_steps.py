@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.run_processing import plain_row
+from flows.derived_streams import plain_row
 from storage.errors import BadRecipe, GroupNeedsService, IndexConflict, StreamNotFound
 from storage.models import StreamHeader
 from storage.names import check_name
@@ -26,7 +26,8 @@ from tasks.chunk_frames import ChunkFrames
 from tasks.chunk_job import analysis_header, analysis_mask
 from tasks.process_chunk import code_digest
 from tasks.recipe import Recipe, StepSpec
-from tasks.steps import STEPS, BinParams, user_step
+from tasks.steps import STEPS, BinParams
+from tasks.user_steps import user_step
 
 __all__ = ["Decide", "process_live", "run_steps", "wait_for_stream"]
 

@@ -6,10 +6,11 @@ from storage.provenance import ProvenanceRecorder
 from storage.step_store import Processing
 from streaming.retrieval import Run
 from tasks.recipe import Recipe
-from tasks.steps import STEPS, user_step
+from tasks.steps import STEPS
+from tasks.user_steps import user_step
 
 if TYPE_CHECKING:
-    from flows.run_processing import Progress
+    from flows.progress import Progress
 
 __all__ = ["ProvenanceReporter", "modules_of"]
 

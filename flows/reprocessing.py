@@ -13,8 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+from flows.progress import Reporter
 from flows.run_choice import ChosenRuns, choose_runs
-from flows.run_processing import ProcessRequest, Reporter, run_processing
+from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import NearlineError
 from storage.step_store import ChunkManifest, Processing, find_processings
 from streaming.retrieval import open_run
@@ -139,7 +140,7 @@ def process_here(recipe: Recipe, place: Place, *, n_threads: int | None = None, 
     Parameters
     ----------
     n_threads : threads over the frames of a chunk; by default one per core.
-    reporter : makes a `flows.run_processing.Reporter` for a run's name.
+    reporter : makes a `flows.progress.Reporter` for a run's name.
     """
     threads = n_threads or os.cpu_count() or 1
 

@@ -19,7 +19,7 @@ from PIL import Image
 from flows.charts import as_image, histogram, lines
 from flows.chunk_figures import figures_of_chunk, newest_table
 from flows.markdown_page import MarkdownPage
-from flows.run_processing import Progress
+from flows.progress import Progress
 from flows.run_warnings import ChunkFigures, warnings_of
 from flows.step_columns import StepColumns
 from storage.step_store import ChunkManifest, Processing, StepStore
@@ -41,7 +41,7 @@ _BAR = 30
 
 
 class RunPage:
-    """A `flows.run_processing.Reporter` that keeps the page up to date.
+    """A `flows.progress.Reporter` that keeps the page up to date.
 
     Parameters
     ----------

@@ -5,54 +5,44 @@
 on the same step outputs, so a processing begun by one can be taken up by the other.
 """
 
-import contextvars
 import logging
-import math
 import os
-import queue
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import Field
 
+from flows.chunk_feeder import ChunkFeeder
 from flows.criteria import read_criteria
 from flows.decisions import Decision, Decisions
+from flows.derived_streams import DerivedStreams
 from flows.execution import Execution, Executor, Promise, plain_executor
 from flows.exports import RunExporter
 from flows.pictures import draw_frame
+from flows.progress import Progress, Reporter, Reporters, RunTotals, Silent
 from flows.record_provenance import ProvenanceReporter
-from storage.errors import BadRecipe, NearlineError, StreamNotFound
-from storage.models import Model, StreamHeader
-from storage.step_store import ChunkManifest, Manifest, Processing, find_processings
+from storage.errors import StreamNotFound
+from storage.models import Model
+from storage.step_store import Manifest, Processing, find_processings
 from storage.veto import hold_frames
-from streaming.derived import DerivedStream, open_derived
 from streaming.retrieval import Chunk, Run, Stream, open_run
-from tasks.bin_frames import binned_header
 from tasks.chunk_job import ChunkJob, analysis_header, analysis_mask
 from tasks.process_chunk import ChunkResult, code_digest
 from tasks.recipe import Recipe, load_recipe
-from tasks.steps import STEPS, BinParams
 
-__all__ = [
-    "OpenExecutor", "ProcessRequest", "Progress", "Reporter", "Reporters", "RunTotals", "new_manifest",
-    "plain_row", "run_processing",
-]  # fmt: skip
+__all__ = ["OpenExecutor", "ProcessRequest", "new_manifest", "run_processing"]
 
 log = logging.getLogger("nearline.process")
 
 _WAIT_FOR_STREAM_S = 60.0
 _N_PICTURES = 4
-_NOT_A_HIT = "not a hit"
-
 
 # Opens what carries out the jobs of a processing.
 OpenExecutor = Callable[[Execution], AbstractContextManager[Executor]]
@@ -74,101 +64,6 @@ class ProcessRequest(Model):
         "repeat", description="if it was processed with the same recipe and code: make another processing, or leave it"
     )
     stop: tuple[str, ...] = Field((), description="stop criteria, judged after each chunk, e.g. n_indexed >= 1000")
-
-
-@dataclass
-class RunTotals:
-    """What has been processed so far; rates name their denominators."""
-
-    frames: int = 0
-    hits: int = 0
-    indexed: int = 0
-    chunks: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    steps_computed: int = 0
-    steps_reused: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits over processed frames."""
-        return self.hits / self.frames if self.frames else 0.0
-
-    @property
-    def indexing_rate(self) -> float:
-        """Indexed frames over hits."""
-        return self.indexed / self.hits if self.hits else 0.0
-
-    def add(self, chunk: ChunkManifest) -> None:
-        self.frames += chunk.n_frames
-        self.hits += chunk.n_hits
-        self.indexed += chunk.n_indexed
-        self.chunks += 1
-        n_computed = sum(chunk.seconds.get(name, 0.0) > 0 for name in chunk.steps)
-        self.steps_computed += n_computed
-        self.steps_reused += len(chunk.steps) - n_computed
-        for name, seconds in chunk.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A chunk has been done; for whoever shows it.
-
-    lag_frames : that have come since. lag_s : s since the chunk was sealed.
-    outlook : for each stop criterion, in words, whether or when it is enough.
-    task_runs : ids of the Prefect task runs that worked on the chunk, by group of steps.
-    """
-
-    run: str
-    processing: str
-    chunk: ChunkManifest
-    totals: RunTotals
-    lag_frames: int
-    lag_s: float
-    planned: int
-    pictures: tuple[Path, ...]
-    outlook: dict[str, str] = field(default_factory=dict)
-    task_runs: dict[str, str] = field(default_factory=dict)
-
-
-class Reporter(Protocol):
-    """Told how a processing goes."""
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None: ...
-    def chunk_done(self, progress: Progress) -> None: ...
-    def finished(self, summary: dict[str, Any]) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
-        pass
-
-    def chunk_done(self, progress: Progress) -> None:
-        pass
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        pass
-
-
-class Reporters:
-    """Several reporters, told in turn."""
-
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        self._reporters = reporters
-
-    def started(self, run: Run, processing: Processing, recipe: Recipe) -> None:
-        for reporter in self._reporters:
-            reporter.started(run, processing, recipe)
-
-    def chunk_done(self, progress: Progress) -> None:
-        for reporter in self._reporters:
-            reporter.chunk_done(progress)
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        for reporter in self._reporters:
-            reporter.finished(summary)
 
 
 def run_processing(
@@ -308,8 +203,7 @@ class _Work:
         self._header, self._mask = analysis_header(stream, recipe), analysis_mask(stream, recipe)
         self._totals = RunTotals()
         self._pictures: list[Path] = []
-        self._derived: dict[str, DerivedStream] = {}
-        self._is_hits_opened = False
+        self._derived = DerivedStreams(run, stream, processing, recipe, self._header)
 
     def carry_out(self, n_ahead: int) -> dict[str, Any]:
         """Chunk after chunk to the run's end; while one is taken, ``n_ahead`` more are under way."""
@@ -324,8 +218,8 @@ class _Work:
             self._stream.pixel_mask,
         )
         try:
-            self._open_derived()
-            with _Feeder(self._stream, self._submit, n_ahead) as under_way:
+            self._derived.open()
+            with ChunkFeeder(self._stream, self._submit, n_ahead) as under_way:
                 for chunk, job, promise in under_way:
                     self._take(chunk, job, promise.result(), exporter)
             files = exporter.close()
@@ -333,9 +227,7 @@ class _Work:
             exporter.discard()
             raise
         announced = self._stream.status.announced
-        self._open_hits()  # a run without a chunk has hits, too: none
-        for derived in self._derived.values():
-            derived.finish(announced)
+        self._derived.finish(announced)
         summary = self._summary(files, time.perf_counter() - started)
         self._processing.finish(summary)
         self._reporter.finished(summary)
@@ -348,8 +240,7 @@ class _Work:
     def _take(self, chunk: Chunk, job: ChunkJob, seconds: dict[str, float], exporter: RunExporter) -> None:
         """What a job has left in the step store goes into streams, files and pictures."""
         result = job.result(seconds)
-        self._publish(result)
-        self._publish_hits(job, result)
+        self._derived.send(job, result)
         before = time.perf_counter()
         export = partial(self._export, exporter, job, result)
         self._executor.export(self._run.name, chunk.commit, export)
@@ -382,80 +273,6 @@ class _Work:
 
     def _export(self, exporter: RunExporter, job: ChunkJob, result: ChunkResult) -> None:
         exporter.add_chunk(job.frames() if exporter.files else [], result)
-
-    # ---- derived streams ----------------------------------------------------------------------
-
-    def _open_derived(self) -> None:
-        """``<source>.results@<id>``, one row per frame, and ``<source>.binned@<id>`` where a step bins."""
-        headers = {"results": {"kind": "table", "shape": (), "dtype": "", "codec": "raw", "detector": None}}
-        for spec in self._recipe.steps:
-            if spec.use == "bin":
-                factor = STEPS["bin"].read_params(spec.params)
-                headers["binned"] = self._binned_header(factor)
-        for name, changes in headers.items():
-            self._open_one(name, self._stream.header, changes)
-
-    def _open_hits(self) -> None:
-        """``<source>.hits@<id>``: the frames with a hit, byte for byte as the detector sent them.
-
-        Not before a chunk is sealed: until its first frame has come, a live stream's header may name another codec.
-        """
-        if not self._recipe.export.hits_stream or self._is_hits_opened:
-            return
-        self._is_hits_opened = True
-        parent = open_run(str(self._run.folder))[self._stream.name].header
-        if parent.parts > 1:
-            raise BadRecipe(
-                f"{parent.data_source} sends frames in {parent.parts} parts, and a stream of hits holds whole ones; "
-                "leave out export.hits_stream"
-            )
-        self._open_one("hits", parent, {"leaves_out": _NOT_A_HIT})
-
-    def _open_one(self, name: str, parent: StreamHeader, changes: dict[str, Any]) -> None:
-        source = f"{self._stream.name}.{name}@{self._processing.name}"
-        base = {
-            "data_source": source, "parent": self._stream.name, "processing": self._processing.name,
-            "planned": self._header.planned, "series": None, "user_data": {},
-        }  # fmt: skip
-        header = parent.model_copy(update=base | changes)
-        try:
-            self._derived[name] = open_derived(self._run, StreamHeader.model_validate(header.model_dump()))
-        except (NearlineError, FileExistsError) as error:
-            # A processing taken up again after its streams have ended: its tables are complete all the same.
-            log.warning("not writing the stream %s: %s", source, error)
-
-    def _binned_header(self, params: BinParams) -> dict[str, Any]:
-        slow, fast = self._header.shape
-        assert self._header.detector is not None
-        return {
-            "shape": (slow // params.factor, fast // params.factor),
-            "dtype": "uint32",
-            "codec": "bslz4",
-            "detector": binned_header(self._header.detector, params.factor),
-        }
-
-    def _publish(self, result: ChunkResult) -> None:
-        if "results" in self._derived:
-            rows = [plain_row(row) for row in result.frames.to_pylist()]
-            self._derived["results"].send([(row.pop("frame_index"), None, row) for row in rows])
-        binned = result.table("binned")
-        if "binned" in self._derived and binned is not None:
-            pairs = zip(binned["frame_index"].to_pylist(), binned["blob"].to_pylist(), strict=True)
-            self._derived["binned"].send([(index, blob, {}) for index, blob in pairs])
-
-    def _publish_hits(self, job: ChunkJob, result: ChunkResult) -> None:
-        self._open_hits()
-        if "hits" not in self._derived:
-            return
-        if "hit" not in result.frames.column_names:
-            raise BadRecipe(
-                "export.hits_stream needs a step that says which frames are hits: add find_peaks, or a step of your "
-                "own that makes the column hit"
-            )
-        hits = set(result.frames.filter(result.frames["hit"])["frame_index"].to_pylist())
-        if hits:
-            frames = [frame for frame in job.frames() if frame.frame_index in hits]
-            self._derived["hits"].send([(frame.frame_index, frame.blob, frame.meta) for frame in frames])
 
     # ---- for people ---------------------------------------------------------------------------
 
@@ -506,55 +323,3 @@ class _Work:
             "pictures": [str(path) for path in self._pictures],
             "flow_run_url": self._processing.manifest.flow_run_url,
         }
-
-
-class _Feeder:
-    """Submits chunks as they are sealed, in a thread of its own, and hands them on in order with their promises.
-
-    The queue is the back-pressure: when analysis is slower than the detector, chunks wait on disk, not in memory.
-    """
-
-    def __init__(self, stream: Stream, submit: Callable[[Chunk], tuple[ChunkJob, Promise]], n_ahead: int) -> None:
-        self._stream, self._submit = stream, submit
-        self._queue: queue.Queue[tuple[Chunk, ChunkJob, Promise] | BaseException | None] = queue.Queue(n_ahead)
-        self._is_over = threading.Event()
-        # Prefect knows by context which flow run a task belongs to.
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=lambda: context.run(self._feed), name="feeder", daemon=True)
-
-    def __enter__(self) -> "_Feeder":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # A live run may not have another chunk for long: the thread sees at the next one that nobody wants it.
-        self._is_over.set()
-
-    def __iter__(self) -> Iterator[tuple[Chunk, ChunkJob, Promise]]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _feed(self) -> None:
-        try:
-            for chunk in self._stream.chunks():
-                if self._is_over.is_set() or not self._put((chunk, *self._submit(chunk))):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: "tuple[Chunk, ChunkJob, Promise] | BaseException | None") -> bool:
-        while not self._is_over.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-
-def plain_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as JSON can hold it: not-a-number becomes nothing."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from storage.step_store import Processing
-from tasks.steps import crystal_matrix
+from tasks.step_tables import crystal_matrix
 from tasks.unit_cell import UnitCell, same_orientation
 
 __all__ = ["Comparison", "compare_with_truth"]

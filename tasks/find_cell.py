@@ -9,7 +9,7 @@ along directions (Steller 1997), which must be dense for long axes.
 The highest maxima are refined with their whole numbers fixed. Three of them make a cell; every
 triple is judged by the probability that spots without a lattice agree with it so well, which also
 prefers the smallest cell: in a cell too large by two each index is off by twice as much. The best are refined
-as a whole, with kernels of `tasks.index_frame`, freed of points that no spot asks for, and reduced.
+as a whole, with kernels of `tasks.refine_lattice`, freed of points that no spot asks for, and reduced.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ from numba import njit
 from scipy.fft import next_fast_len, rfftn
 
 from storage.errors import BadRecipe
-from tasks.index_frame import refine_lattice, refine_vectors, score_directions, strain_basis, true_q
+from tasks.refine_lattice import refine_lattice, strain_basis, true_q
+from tasks.search_lattice import refine_vectors, score_directions
 from tasks.unit_cell import UnitCell, reduce_rows
 
 __all__ = ["CellSearchParams", "FoundLattice", "distance_scale", "find_lattice"]

@@ -25,7 +25,9 @@ from storage.run_folder import ChunkCommit
 from storage.step_store import ChunkManifest, StepStore, Tables, join_frames
 from tasks.chunk_frames import ChunkFrames
 from tasks.recipe import Recipe, StepSpec
-from tasks.steps import STEPS, BinParams, Step, user_step
+from tasks.step import Step
+from tasks.steps import STEPS, BinParams
+from tasks.user_steps import user_step
 
 __all__ = ["ChunkResult", "PlannedStep", "code_digest", "plan_steps", "process_chunk"]
 

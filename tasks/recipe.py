@@ -20,8 +20,9 @@ from storage.geometry_formats import read_geometry
 from storage.masks import array_digest
 from storage.models import DetectorHeader, Model
 from storage.panels import DetectorGeometry
-from tasks.steps import STEPS, check_user_step
+from tasks.steps import STEPS
 from tasks.unit_cell import UnitCell, read_cell
+from tasks.user_steps import check_user_step
 
 __all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
 

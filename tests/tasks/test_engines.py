@@ -33,7 +33,8 @@ from tasks.engines.engine import flat_geometry, spots_where_rays_enter
 from tasks.engines.indexamajig import IndexamajigParams
 from tasks.process_chunk import code_digest
 from tasks.recipe import load_recipe
-from tasks.steps import STEPS, crystal_matrix, read_crystal, run_engine
+from tasks.step_tables import crystal_matrix, read_crystal
+from tasks.steps import STEPS, run_engine
 from tasks.unit_cell import UnitCell, read_cell, same_orientation
 from tests.flows.stored_runs import store_run
 

@@ -9,7 +9,8 @@ from storage.geometry import Geometry
 from storage.models import DetectorHeader
 from streaming.simulator.stills import StillPhysics, StillSimulator
 from tasks.find_peaks import PeakFinder, PeakParams
-from tasks.index_frame import Indexer, IndexParams, strain_basis
+from tasks.index_frame import Indexer, IndexParams
+from tasks.refine_lattice import strain_basis
 from tasks.unit_cell import UnitCell, lattice_rotations, parameters_from_matrix, same_orientation
 
 SHAPE = (2162, 2068)

@@ -13,7 +13,7 @@ from storage.run_folder import RunFolder
 from storage.stream_store import StreamStore
 from streaming.retrieval import open_run
 from tasks.chunk_frames import ChunkFrames
-from tasks.steps import user_step
+from tasks.user_steps import user_step
 
 N_FRAMES, CHUNK = 6, 4
 

@@ -30,8 +30,11 @@ from .processes import ServiceUnderFire, spawn
 from .programs import read_journal
 
 LEASE_S = 3.0
-# An acknowledgement under way: sent, but not yet in the group's state on disk (saved every 50 ms).
+# An acknowledgement under way: it goes with the request for more frames, and so long after the answer to that it may
+# not yet be in the group's state on disk (saved every 50 ms).
 ACK_UNDER_WAY_S = 1.0
+# A member that waited so long for a frame had asked for it.
+ASKED_S = 0.02
 # A batch of frames is given out at once and worked on in turn, for about so long.
 BATCH_S = 1.0
 # Numbers of leases count up from anywhere: two so far apart were given by two lives of a service.
@@ -267,6 +270,8 @@ class Delivery:
     delivery: int
     digest: str
     done_at: float | None = None
+    # When its holder was given what it had asked for next.
+    answered_at: float | None = None
     # When its holder was killed, if it was.
     killed_at: float | None = None
     life: int = 0
@@ -276,14 +281,20 @@ def read_deliveries(members: dict[Path, Worker]) -> dict[int, list[Delivery]]:
     """Each frame's deliveries in the order in which they came."""
     found: dict[int, list[Delivery]] = defaultdict(list)
     for log, worker in members.items():
-        killed, held = dict(worker.kills), {}
+        killed, held, last_at, done = dict(worker.kills), {}, 0.0, []
         for entry in read_journal(log):
+            if entry["what"] == "got" and entry["at"] - last_at > ASKED_S:
+                for delivery in done:
+                    delivery.answered_at = entry["at"]
+                done = []
+            last_at = entry["at"]
             if entry["what"] == "got":
                 fields = {name: entry[name] for name in ("index", "at", "lease", "delivery", "digest")}
                 delivery = held[entry["lease"]] = Delivery(**fields, killed_at=killed.get(entry["pid"]))
                 found[entry["index"]].append(delivery)
             elif entry["what"] == "done":
                 held[entry["lease"]].done_at = entry["at"]
+                done.append(held[entry["lease"]])
     for deliveries in found.values():
         deliveries.sort(key=lambda d: d.at)
     return found
@@ -291,7 +302,7 @@ def read_deliveries(members: dict[Path, Worker]) -> dict[int, list[Delivery]]:
 
 def may_come_again(before: Delivery, after: Delivery, service_died_at: float | None) -> str:
     """Why a redelivery is in order: the lease was open, or its acknowledgement under way; empty if it is not."""
-    acked_by = None if before.done_at is None else before.done_at + ACK_UNDER_WAY_S
+    acked_by = None if before.done_at is None else (before.answered_at or before.done_at) + ACK_UNDER_WAY_S
     if before.life == after.life and after.delivery <= before.delivery:
         return ""  # it is not even flagged
     # With its holder, an acknowledgement dies that was not yet sent: so also if a later life gives it out again.

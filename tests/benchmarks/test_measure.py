@@ -71,7 +71,7 @@ def test_percentile_is_one_of_the_values(percent, expected):
 
 @pytest.mark.parametrize(
     "benchmark",
-    [codec, store, read, wire, small, *(pytest.param(m, marks=pytest.mark.campaign) for m in (stall, catalysis_loop))],
+    [codec, store, read, small, *(pytest.param(m, marks=pytest.mark.campaign) for m in (wire, stall, catalysis_loop))],
     ids=lambda module: module.__name__,
 )
 def test_a_quick_benchmark_gives_figures_that_can_be_written(benchmark, tmp_path):

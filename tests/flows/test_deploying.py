@@ -227,6 +227,7 @@ def finished(api: str, workers: Children, names: set[str]) -> list[dict]:
         time.sleep(0.5)
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(240)
 def test_postgresql_under_prefect(postgres, tmp_path):
     """As docs/experiments.md says: one variable, and the deployments are in PostgreSQL."""

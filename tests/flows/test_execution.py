@@ -47,7 +47,7 @@ def _without_paths(text: str) -> list[str]:
     return [line for line in text.splitlines() if "/" not in line]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.campaign), "dask"])
 def test_every_execution_gives_the_same(simulated_run, recipe, inline, tmp_path, kind):
     folder = simulated_run.copy_to(tmp_path)
     summary = run_processing(request(folder, recipe, kind))
@@ -153,6 +153,7 @@ def test_cached_tasks_are_shown_as_such(simulated_run, recipe, prefect_server, t
 GROUPS = ("peaks", "index", "integrate", "export")
 
 
+@pytest.mark.campaign
 def test_one_of_two_flows_works(simulated_run, recipe, prefect_server, tmp_path):
     folder = simulated_run.copy_to(tmp_path)
     flows = [start_flow(prefect_server, folder, recipe, if_done="skip") for _ in range(2)]

@@ -98,6 +98,7 @@ def test_absent_server_is_waited_for_and_a_stop_is_quick(outbox, tmp_path, prefe
     assert len(events_of(prefect_server, "away")) == 4
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(60)
 def test_one_relay_is_enough(outbox, tmp_path, prefect_server):
     take_runs(outbox, tmp_path, "two", range(1, 2))

@@ -105,6 +105,7 @@ def test_killed_demo_leaves_nothing_behind(tmp_path):
     assert processes_of(tmp_path) == []
 
 
+@pytest.mark.campaign
 def test_state_of_an_interrupted_run_is_terminal(tmp_path):
     process = demo(tmp_path, "--size", "1M", "--frames", "4000", "--rate", "20")
     run = tmp_path / "data" / "lysozyme" / "1"

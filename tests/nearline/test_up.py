@@ -163,14 +163,14 @@ def test_runs_are_processed_whoever_is_killed(under_up):
     assert programs_of(up.folder) == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(280)
 def test_a_second_one_is_refused_and_down_ends_the_first(under_up, tmp_path):
     under_up.wait_for_words("starting service")
     command = [sys.executable, "-m", "nearline.cli"]
     second = subprocess.run([*command, "up", str(under_up.file)], capture_output=True, text=True, timeout=60)
     assert second.returncode != 0
     assert f"pid {under_up.process.pid}" in " ".join(second.stderr.split())
-    done = subprocess.run([*command, "down", str(under_up.file)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, "down", str(under_up.file)], capture_output=True, text=True, timeout=200)
     assert "everything is down" in done.stdout
     assert under_up.process.wait(10) == 0
     again = subprocess.run([*command, "down", str(under_up.file)], capture_output=True, text=True, timeout=60)

@@ -271,7 +271,13 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize("parts", FLOODS.values(), ids=FLOODS.keys())
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(parts, id=name, marks=[pytest.mark.campaign] if name in ("planes", "waits", "hellos") else [])
+        for name, parts in FLOODS.items()
+    ],
+)
 def test_client_that_never_reads(tmp_path, parts):
     """Its answers are bounded, and others are served as before."""
     with ServiceProcess(tmp_path) as service:

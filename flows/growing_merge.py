@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from flows.observed_reflections import observed_reflections
+from storage.errors import DamagedOutput
 from storage.geometry import Geometry
 from storage.step_store import StepStore
 from tasks.join_crystals import JoinedCrystals, join_crystals
@@ -48,8 +49,13 @@ class ChunkReflections:
     geometry: Geometry | None
 
     def table(self) -> pa.Table:
+        """Raises DamagedOutput where it is not there any more."""
         table = self.store.read(self.digest, "reflections")
-        assert table is not None, "a step output does not lose a table"
+        if table is None:
+            raise DamagedOutput(
+                f"the reflections of chunk {self.chunk} of {self.run} (step output {self.digest[:12]}) are gone; process "
+                "the run again, and they are computed anew"
+            )
         return table
 
 

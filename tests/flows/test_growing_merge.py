@@ -1,6 +1,7 @@
 """Merging while measuring: crystals come chunk by chunk, and are scaled together as they become more."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from flows.criteria import Quantity
 from flows.forecasting import History
 from flows.growing_merge import ChunkReflections, GrowingMerge, join_chunks
 from flows.observed_reflections import observed_reflections
+from storage.errors import DamagedOutput
 from storage.step_store import StepStore
 from streaming.simulator.crystal import SimulatedCrystal
 from tasks.join_crystals import join_crystals
@@ -82,6 +84,12 @@ def test_fits_are_few(chunks, monkeypatch):
     many = [ChunkReflections("lyso/1", n, 1, chunks[0].store, "", None) for n in range(2000)]
     rungs = {len(growing_merge._first_chunks(many[:n])) for n in range(len(many))}
     assert 40 < len(rungs) < 60, "of 2,000 crystals one by one"
+
+
+def test_an_output_that_is_gone_is_named(chunks):
+    gone = replace(chunks[3], digest="f" * 64)
+    with pytest.raises(DamagedOutput, match=r"chunk 3 of lyso/1"):
+        GrowingMerge(CELL, D_MIN).statistics([*chunks[:3], gone])
 
 
 def test_reflections_of_an_unknown_detector_are_merged_as_they_are(chunks):

@@ -53,8 +53,8 @@ class ChunkReflections:
         table = self.store.read(self.digest, "reflections")
         if table is None:
             raise DamagedOutput(
-                f"the reflections of chunk {self.chunk} of {self.run} (step output {self.digest[:12]}) are gone; process "
-                "the run again, and they are computed anew"
+                f"the reflections of chunk {self.chunk} of {self.run} (step output {self.digest[:12]}) are gone; "
+                "process the run again, and they are computed anew"
             )
         return table
 

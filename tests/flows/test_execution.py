@@ -62,6 +62,7 @@ def test_every_execution_gives_the_same(simulated_run, recipe, inline, tmp_path,
         assert found[name] == value, name
 
 
+@pytest.mark.campaign
 def test_dask_workers_are_other_processes(simulated_run, tmp_path):
     folder = simulated_run.copy_to(tmp_path)
     step = {"use": "tests.flows.own_steps:who_works"}

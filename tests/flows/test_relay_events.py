@@ -83,6 +83,7 @@ def test_killed_relay_loses_and_repeats_nothing(outbox, tmp_path, prefect_server
     assert event["payload"]["root"] == str(tmp_path)
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(60)
 def test_absent_server_is_waited_for_and_a_stop_is_quick(outbox, tmp_path, prefect_server):
     take_runs(outbox, tmp_path, "away", range(1, 3))

@@ -223,7 +223,13 @@ def test_stream_taken_over_by_another_service_is_given_up(tmp_path):
         record_run(service.address, range(3), run=2)
 
 
-@pytest.mark.parametrize("damage", ["run.json", "eiger.stream.json", "eiger.chunks/00000.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "run.json",
+        *(pytest.param(path, marks=pytest.mark.campaign) for path in ("eiger.stream.json", "eiger.chunks/00000.json")),
+    ],
+)
 def test_damaged_run_does_not_keep_the_service_from_starting(tmp_path, damage):
     with ServiceProcess(tmp_path) as service:
         with producing(service.address) as out:

@@ -31,7 +31,15 @@ LATTICES = {
     "hexagonal, very long": (CELLS["hexagonal, very long"], "hP"),
     "rhombohedral": (CELLS["rhombohedral"], "hR"),
 }
-every_lattice = pytest.mark.parametrize(("cell", "symbol"), LATTICES.values(), ids=LATTICES)
+# One of each crystal system, and what is hard, each time; the others in a campaign.
+OFTEN = ("cubic I", "lysozyme", "long axis", "orthorhombic P", "monoclinic C", "triclinic", "rhombohedral")
+every_lattice = pytest.mark.parametrize(
+    ("cell", "symbol"),
+    [
+        pytest.param(*lattice, id=name, marks=[] if name in OFTEN else [pytest.mark.campaign])
+        for name, lattice in LATTICES.items()
+    ],
+)
 
 
 def primitive_rows(cell):

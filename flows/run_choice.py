@@ -229,4 +229,6 @@ def _range(word: str) -> tuple[str, int, int] | None:
 
 
 def _is_path(word: str) -> bool:
-    return word.startswith((".", "/", "~", "tcp://", "s3://"))
+    """A path, URL or address, told by how it begins; or what lies in deeper folders than a run's name says."""
+    is_folder = word.count("/") > 1 and Path(word, "run.json").exists()
+    return is_folder or word.startswith((".", "/", "~", "tcp://", "s3://"))

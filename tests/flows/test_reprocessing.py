@@ -121,6 +121,12 @@ def strict(data, small):
     return open_processing("lyso/1:p1", root=str(data)), after
 
 
+def test_a_run_is_chosen_by_a_path_that_begins_as_a_name_does(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    name = f"{data.name}/lyso/1"
+    assert choose_runs([name]).names == [name]
+
+
 def test_comparison_says_what_differs_and_which_frames_changed(strict):
     before, after = strict
     found = compare_processings(before, after)

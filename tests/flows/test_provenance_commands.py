@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import blake3
@@ -15,9 +17,12 @@ from rocrate.rocrate import ROCrate
 from typer.testing import CliRunner
 
 import nearline as api
+from flows.experiment import load_experiment
 from flows.explaining import explain
 from flows.run_processing import ProcessRequest, run_processing
+from nearline.automation_commands import _keep_provenance
 from nearline.cli import app
+from storage.catalog import default_url
 from storage.errors import RunNotFound
 from storage.provenance import ProvenanceRecorder
 from storage.provenance_tables import ProvenanceTables
@@ -250,4 +255,23 @@ def test_tables_read_again_only_the_runs_that_have_changed(processed, tmp_path):
     assert "manifest.json" in told[0]
     assert tables.with_digest(digest), "what was known stays"
     assert tables.refresh(root, anew=True, left_out=told.append) == 1
+    tables.close()
+
+
+def test_catch_up_keeps_the_tables_until_it_is_told_to_stop(processed, tmp_path):
+    (tmp_path / "experiment.yaml").write_text(
+        json.dumps({"experiment": "lyso", "beamline": "I24", "deployment": {"root": str(processed.parents[1])}})
+    )
+    experiment, stop = load_experiment(tmp_path / "experiment.yaml"), threading.Event()
+    keeping = threading.Thread(target=_keep_provenance, args=(experiment, stop))
+    keeping.start()
+    tables = ProvenanceTables(default_url(processed.parents[1]))
+    digest = next(Processing(processed, "p1").chunks()).chunk_digest
+    deadline = time.monotonic() + 30
+    while not tables.with_digest(digest) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert tables.with_digest(digest)
+    stop.set()
+    keeping.join(10)
+    assert not keeping.is_alive()
     tables.close()

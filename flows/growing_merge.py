@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import pyarrow as pa
 
@@ -38,11 +39,13 @@ _LONG_S = 10.0
 class ChunkReflections:
     """The reflections of one chunk, by where they are kept.
 
-    run : experiment/number. digest : of the step output that holds them.
+    run : experiment/number. sealed_at : of the chunk, None if it cannot be told any more.
+    digest : of the step output that holds them.
     """
 
     run: str
     chunk: int
+    sealed_at: datetime | None
     n_crystals: int
     store: StepStore
     digest: str
@@ -68,12 +71,12 @@ class GrowingMerge:
         self._statistics: MergeStatistics | None = None
 
     def statistics(self, chunks: Iterable[ChunkReflections]) -> MergeStatistics | None:
-        """Statistics of the scaled merge of the first of these chunks, in order of run and number.
+        """Statistics of the scaled merge of the first of these chunks, as they were sealed: new ones come last.
 
         They are of the fewest chunks that hold as many crystals as the last rung of the ladder 20, 22, 25 …, each a
         tenth more; None before the first rung.
         """
-        wanted = _first_chunks(sorted(chunks, key=lambda chunk: (chunk.run, chunk.chunk)))
+        wanted = _first_chunks(sorted(chunks, key=_as_sealed))
         fitted = tuple((chunk.run, chunk.chunk, chunk.digest) for chunk in wanted)
         if fitted != self._fitted:
             self._statistics, self._fitted = self._fit(wanted) if wanted else None, fitted
@@ -95,6 +98,10 @@ def join_chunks(cell: UnitCell, d_min: float, chunks: Iterable[ChunkReflections]
     """The crystals of some chunks, corrected for polarisation, indexed alike and scaled; d_min in Å."""
     tables = [(chunk.run, observed_reflections(chunk.table(), chunk.geometry)[0]) for chunk in chunks]
     return join_crystals(gather_observations(unique_reflections(cell, d_min), tables), partiality=False)
+
+
+def _as_sealed(chunk: ChunkReflections) -> tuple[datetime, str, int]:
+    return chunk.sealed_at or datetime.min.replace(tzinfo=UTC), chunk.run, chunk.chunk
 
 
 def _first_chunks(chunks: Sequence[ChunkReflections]) -> Sequence[ChunkReflections]:

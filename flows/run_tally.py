@@ -97,11 +97,13 @@ class RunTally:
             self.known_columns = frames.column_names
             for name in set(self._wanted) & set(frames.column_names):
                 self._columns.setdefault(name, {})[chunk.chunk] = _numbers(frames[name], name)
+        sealed_at = self._sealed_at(chunk.chunk)
+        if sealed_at is not None:
+            self._last = sealed_at if self._last is None else max(self._last, sealed_at)
         if self.sums:
-            self._merge(chunk, store)
-        self._note_time(chunk.chunk)
+            self._merge(chunk, store, sealed_at)
 
-    def _merge(self, chunk: ChunkManifest, store: StepStore) -> None:
+    def _merge(self, chunk: ChunkManifest, store: StepStore, sealed_at: datetime | None) -> None:
         tables = {digest: store.read(digest, "reflections") for digest in chunk.steps.values()}
         for digest, table in [(d, table) for d, table in tables.items() if table is not None][-1:]:
             columns = {name: table[name].to_numpy() for name in REFLECTION_COLUMNS}
@@ -109,14 +111,15 @@ class RunTally:
                 sums.add(self.run, columns)
             crystals = np.stack([columns["frame_index"], columns["crystal"]])
             n_crystals = int(np.unique(crystals, axis=1).shape[1])
-            self.reflections.append(ChunkReflections(self.run, chunk.chunk, n_crystals, store, digest, self._geometry))
+            self.reflections.append(
+                ChunkReflections(self.run, chunk.chunk, sealed_at, n_crystals, store, digest, self._geometry)
+            )
 
-    def _note_time(self, chunk: int) -> None:
+    def _sealed_at(self, chunk: int) -> datetime | None:
         try:
-            sealed = self._folder.stream(self._source).read_commit(chunk).sealed_at
+            return self._folder.stream(self._source).read_commit(chunk).sealed_at
         except (OSError, DamagedFile):
-            return
-        self._last = sealed if self._last is None else max(self._last, sealed)
+            return None
 
     @property
     def minutes(self) -> float:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,10 @@ STILLS = StillTables(CRYSTAL, 60, D_MIN, scale_spread=0.7, b_spread=6.0, polaris
 PER_CHUNK = 6
 
 
+def sealed(number: int) -> datetime:
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)
+
+
 @pytest.fixture(scope="module")
 def chunks(tmp_path_factory):
     """Ten chunks of six crystals each, in a step store."""
@@ -36,7 +41,7 @@ def chunks(tmp_path_factory):
         mine = table["frame_index"] // PER_CHUNK == number
         digest = f"{number:064x}"
         store.save(digest, {"chunk": number}, {"reflections": pa.table({n: c[mine] for n, c in table.items()})})
-        found.append(ChunkReflections("lyso/1", number, PER_CHUNK, store, digest, geometry))
+        found.append(ChunkReflections("lyso/1", number, sealed(number), PER_CHUNK, store, digest, geometry))
     return found
 
 
@@ -81,7 +86,7 @@ def test_fits_are_few(chunks, monkeypatch):
         merge.statistics(chunks[:n])
     assert fits == sorted(set(fits)), "each time of more chunks"
     assert fits[0] * PER_CHUNK >= growing_merge._FIRST
-    many = [ChunkReflections("lyso/1", n, 1, chunks[0].store, "", None) for n in range(2000)]
+    many = [ChunkReflections("lyso/1", n, sealed(n), 1, chunks[0].store, "", None) for n in range(2000)]
     rungs = {len(growing_merge._first_chunks(many[:n])) for n in range(len(many))}
     assert 40 < len(rungs) < 60, "of 2,000 crystals one by one"
 
@@ -90,6 +95,18 @@ def test_an_output_that_is_gone_is_named(chunks):
     gone = replace(chunks[3], digest="f" * 64)
     with pytest.raises(DamagedOutput, match=r"chunk 3 of lyso/1"):
         GrowingMerge(CELL, D_MIN).statistics([*chunks[:3], gone])
+
+
+def test_runs_that_grow_side_by_side_cost_no_more_fits(chunks, monkeypatch):
+    """A run whose name comes first adds chunks while the other does: what was fitted stays the beginning."""
+    fits = []
+    monkeypatch.setattr(growing_merge, "join_chunks", lambda *given: fits.append(len(given[2])) or join_chunks(*given))
+    two = [replace(chunk, run=f"lyso/{9 + chunk.chunk % 2}") for chunk in chunks]
+    merge = GrowingMerge(CELL, D_MIN)
+    for n in range(len(two) + 1):
+        merge.statistics(two[:n])
+    assert fits == sorted(set(fits))
+    assert len(fits) == len({len(growing_merge._first_chunks(chunks[:n])) for n in range(4, len(chunks) + 1)})
 
 
 def test_reflections_of_an_unknown_detector_are_merged_as_they_are(chunks):

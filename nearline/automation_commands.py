@@ -102,7 +102,7 @@ def catch_up(
     experiment, stop = load_experiment(file.absolute()), _told_to_stop()
     work = CatchUp(experiment, api, patience_s=patience)
     if once:
-        _refresh_provenance(experiment)
+        _refresh_provenance(experiment, set())
     else:
         threading.Thread(target=_keep_provenance, args=(experiment, stop), name="provenance", daemon=True).start()
     for deed in work.look() if once else work.follow(stop):
@@ -114,22 +114,30 @@ def catch_up(
 
 def _keep_provenance(experiment: "Experiment", stop: threading.Event) -> None:
     """Bring the tables up again and again, in a thread of its own: a database that is away holds nothing else up."""
+    told: set[str] = set()
     while not stop.is_set():
-        _refresh_provenance(experiment)
+        _refresh_provenance(experiment, told)
         stop.wait(_PROVENANCE_S)
 
 
-def _refresh_provenance(experiment: "Experiment") -> None:
+def _refresh_provenance(experiment: "Experiment", told: set[str]) -> None:
+    """Bring them up once; ``told`` is what has been complained of: each trouble is named once, not every minute."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from nearline import provenance_commands
 
     if not experiment.root.is_dir():  # no run yet
         return
+
+    def complain(why: str) -> None:
+        if why not in told:
+            log.warning("the tables of provenance are behind: %s", why)
+        told.add(why)
+
     try:
-        provenance_commands.refresh(experiment.root, experiment.deployment.service.catalog_url)
+        provenance_commands.refresh(experiment.root, experiment.deployment.service.catalog_url, left_out=complain)
     except (SQLAlchemyError, OSError) as error:
-        log.warning("the tables of provenance are behind: %s", error)
+        complain(str(error))
 
 
 def relay(

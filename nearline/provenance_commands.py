@@ -36,6 +36,7 @@ def refresh(
     *,
     anew: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    left_out: Callable[[str], None] | None = None,
 ) -> int:
     """Bring the tables of provenance up to what the run folders say; how many runs were read for it."""
     from storage.catalog import default_url
@@ -47,7 +48,7 @@ def refresh(
             root.absolute(),
             anew=anew,
             progress=progress,
-            left_out=lambda why: errors.print(f"left out: {why}", highlight=False, soft_wrap=True),
+            left_out=left_out or (lambda why: errors.print(f"left out: {why}", highlight=False, soft_wrap=True)),
         )
     finally:
         tables.close()

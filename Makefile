@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Packages are compiled as they are first imported, which is less than all of them; without that, at every import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check bench torture serve lock clean
 

@@ -1,6 +1,5 @@
-"""Processes to be killed, forked from one that has everything imported: a restart takes 50 ms, not seconds."""
+"""Processes to be killed and started again."""
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -10,18 +9,16 @@ from typing import Any
 from nearline.children import free_port
 from streaming.client import is_reachable
 from streaming.service import ServiceSettings, SourceSettings
+from tests.forked import FORKED
 
 from . import programs
 
 __all__ = ["ServiceUnderFire", "spawn"]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.programs"])
-
 
 def spawn(function: Callable[..., None], log: Path, *args: Any) -> BaseProcess:
     """A process that runs a function of `programs`; what it says goes to ``log``."""
-    process = _CONTEXT.Process(target=programs.run_logged, args=(log, function, *args), daemon=True)
+    process = FORKED.Process(target=programs.run_logged, args=(log, function, *args), daemon=True)
     process.start()
     return process
 

@@ -18,7 +18,18 @@ from storage.models import RunState, StreamHeader
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.status import ServiceStatus
-from tests.streaming.harness import SHAPE, ServiceProcess, arm, blob, detector, pixels, producing, status_of, wait_for
+from tests.streaming.harness import (
+    SHAPE,
+    ServiceProcess,
+    ServiceProgram,
+    arm,
+    blob,
+    detector,
+    pixels,
+    producing,
+    status_of,
+    wait_for,
+)
 
 from .disk import FaultyDisk
 
@@ -74,7 +85,7 @@ def check_run(address: str, run: int, n: int) -> None:
 @pytest.mark.parametrize("room", [0, 3_000], ids=["no room", "room for half a frame"])
 def test_a_full_disk(tmp_path, room):
     disk = FaultyDisk(tmp_path / "data", tmp_path / "log")
-    with ServiceProcess(disk.root, env=disk.environment, buffer_bytes=BUDGET) as service:
+    with ServiceProgram(disk.root, disk.environment, buffer_bytes=BUDGET) as service:
         with Sending(service.address, 1, "stored") as sending:
             disk.set_room(room)
             wait_for(lambda: status(service.address).disk.is_full)
@@ -100,7 +111,7 @@ def test_a_service_killed_on_a_full_disk(tmp_path):
     """What was acknowledged is there, a half-written frame is not, and the producer goes on with the next service."""
     disk, bind = FaultyDisk(tmp_path / "data", tmp_path / "log"), f"tcp://127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
-        service = stack.enter_context(ServiceProcess(disk.root, env=disk.environment, bind=bind))
+        service = stack.enter_context(ServiceProgram(disk.root, disk.environment, bind=bind))
         sending = stack.enter_context(Sending(bind, 1, "stored"))
         disk.set_room(10_000)
         wait_for(lambda: status(bind).disk.is_full)
@@ -110,7 +121,7 @@ def test_a_service_killed_on_a_full_disk(tmp_path):
         stream = open_run(image / "lyso" / "1")["eiger"]
         assert [bytes(stream[i].blob) for i in range(known)] == [blob(i) for i in range(known)]
         disk.set_room(None)
-        stack.enter_context(ServiceProcess(disk.root, env=disk.environment, bind=bind))
+        stack.enter_context(ServiceProgram(disk.root, disk.environment, bind=bind))
         wait_for(lambda: len(sending.indices) > known + 20)
         sending.end()
         check_run(bind, 1, len(sending.indices))
@@ -118,7 +129,7 @@ def test_a_service_killed_on_a_full_disk(tmp_path):
 
 def test_a_slow_sync_holds_up_only_those_who_wait_for_it(tmp_path):
     disk = FaultyDisk(tmp_path / "data", tmp_path / "log")
-    with ServiceProcess(disk.root, env=disk.environment) as service:
+    with ServiceProgram(disk.root, disk.environment) as service:
         with Sending(service.address, 1, "stored", 0.01) as quick, Sending(service.address, 2, "durable") as patient:
             disk.set_sync_s(0.15)
             began, before = time.monotonic(), len(patient.indices)
@@ -142,7 +153,7 @@ def test_slow_writes_push_back(tmp_path):
     n = 150
     with (
         detector(high_water_mark=2) as eiger,
-        ServiceProcess(disk.root, eiger.endpoint, env=disk.environment, buffer_bytes=60_000) as service,
+        ServiceProgram(disk.root, disk.environment, eiger.endpoint, buffer_bytes=60_000) as service,
     ):
         arm(eiger, n)
         wait_for(lambda: (disk.root / "lyso" / "1" / "eiger.stream.json").exists())

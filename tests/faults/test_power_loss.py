@@ -23,7 +23,7 @@ from storage.stream_source import FolderSource
 from storage.stream_store import StreamStore
 from streaming.producer import Producer
 from streaming.retrieval import open_run
-from tests.streaming.harness import SHAPE, ServiceProcess, blob, record_run, serving, wait_for
+from tests.streaming.harness import SHAPE, ServiceProgram, blob, record_run, serving, wait_for
 
 from .disk import Disk, FaultyDisk, Loss, mark, positions, tree
 from .store_program import content
@@ -149,7 +149,7 @@ class Recording:
         if not is_synced:
             self.disk.ignore_syncs()
         self._n_frames = n_frames
-        with ServiceProcess(self.disk.root, env=self.disk.environment) as service:
+        with ServiceProgram(self.disk.root, self.disk.environment) as service:
             threads = [threading.Thread(target=self._produce, args=(service.address, run)) for run in (1, 2)]
             for thread in threads:
                 thread.start()

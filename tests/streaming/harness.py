@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection as ConnectionOfPipe
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from storage.codec import encode
 from streaming.client import Connection
 from streaming.producer import Producer
-from streaming.service import Service, ServiceSettings, SourceSettings
+from streaming.service import Service, ServiceSettings, SourceSettings, serve_until_signal
 from streaming.simulator import DectrisStreamSender, default_detector
 from streaming.wire import GetStatus
+from tests.forked import FORKED
 
 ANY_PORT = "tcp://127.0.0.1:*"
 SHAPE = (64, 80)
@@ -48,45 +50,81 @@ def serving(root: Path, endpoint: str | None = None, **options: Any) -> Iterator
 class ServiceProcess:
     """A service in a process of its own; a context manager that kills what is left of it."""
 
-    SCRIPT = """
-import sys
-from streaming.service import ServiceSettings, serve_until_signal
-serve_until_signal(ServiceSettings.model_validate_json(sys.argv[1]), lambda s: print(s.address, flush=True))
-"""
-
-    def __init__(
-        self, root: Path, endpoint: str | None = None, *, env: dict[str, str] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, root: Path, endpoint: str | None = None, **options: Any) -> None:
+        here, there = FORKED.Pipe(duplex=False)
         content = settings(root, endpoint, **options).model_dump_json()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SCRIPT, content],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=Path(__file__).parents[2],
-        )
-        assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip()
-        assert self.address, "the service did not start"
+        self.process = FORKED.Process(target=_serve, args=(content, there), daemon=True)
+        self.process.start()
+        there.close()
+        with here:
+            self.address = _only_line(here)
 
     def rss_bytes(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+    def stop(self) -> int | None:
+        self.process.terminate()
+        self.process.join(20)
+        return self.process.exitcode
 
     def __enter__(self) -> "ServiceProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+
+
+def _serve(content: str, told: ConnectionOfPipe) -> None:
+    serve_until_signal(ServiceSettings.model_validate_json(content), lambda service: told.send(service.address))
+
+
+def _only_line(pipe: ConnectionOfPipe) -> str:
+    try:
+        return str(pipe.recv())
+    except EOFError:
+        raise AssertionError("the service did not start") from None
+
+
+class ServiceProgram:
+    """A service as a program, in an environment of its own, such as one with a disk that fails."""
+
+    SCRIPT = """
+import sys
+from streaming.service import ServiceSettings, serve_until_signal
+serve_until_signal(ServiceSettings.model_validate_json(sys.argv[1]), lambda s: print(s.address, flush=True))
+"""
+
+    def __init__(self, root: Path, env: dict[str, str], endpoint: str | None = None, **options: Any) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT, settings(root, endpoint, **options).model_dump_json()],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=Path(__file__).parents[2],
+        )
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().strip()
+        assert self.address, "the service did not start"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> int:
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(20)
+
+    def __enter__(self) -> "ServiceProgram":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 def wait_for(what: Callable[[], Any], timeout: float = 15.0) -> Any:

@@ -178,9 +178,7 @@ def test_sigterm_seals_and_says_goodbye(tmp_path, has_reader):
         if has_reader:
             reader.start()
             wait_for(lambda: len(frames) == 7)
-        started = time.monotonic()
         assert service.stop() == 0
-        assert time.monotonic() - started < 10
         if has_reader:
             reader.join(5)
             assert not reader.is_alive(), "a waiting reader hears of the end"

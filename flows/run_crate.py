@@ -6,6 +6,7 @@ action. Data stay where they are and are referred to by ``file:`` addresses; rec
 """
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ _PROFILES = {
 }
 _RECIPE, _PROVENANCE = "recipe.json", "provenance.json"
 _COMPLETED, _ACTIVE = "http://schema.org/CompletedActionStatus", "http://schema.org/ActiveActionStatus"
+_FORMATS = {
+    ".h5": "application/x-hdf5", ".json": "application/json", ".html": "text/html", ".png": "image/png",
+    ".stream": "text/plain", ".geom": "text/plain", ".cell": "text/plain", ".hkl": "text/plain",
+}  # fmt: skip
 _LANGUAGE = {"@id": "#recipe", "@type": "ComputerLanguage", "name": "Nearline recipe"}
 
 Item = dict[str, Any]
@@ -68,7 +73,7 @@ def _items(folder: RunFolder, processing: Processing, manifest: Manifest, graph:
         "conformsTo": [{"@id": profile} for profile in _PROFILES],
         "hasPart": parts,
         "mainEntity": {"@id": _RECIPE},
-        "mentions": [{"@id": action["@id"]}],
+        "mentions": {"@id": action["@id"]},
     }
     metadata = {
         "@id": "ro-crate-metadata.json",
@@ -96,6 +101,8 @@ def _workflow(manifest: Manifest, steps: list[Item]) -> Item:
         "@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"],
         "name": manifest.recipe.get("name") or "recipe",
         "identifier": manifest.recipe_digest,
+        "version": manifest.recipe_digest[:12],
+        "encodingFormat": "application/json",
         "programmingLanguage": {"@id": _LANGUAGE["@id"]},
         "hasPart": [{"@id": step["@id"]} for step in steps],
     }
@@ -122,15 +129,26 @@ def _action(
         "@id": f"#processing/{processing.name}",
         "@type": "CreateAction",
         "name": f"Processing {processing.name} of run {name}",
+        "description": "every chunk of the run, worked on by the steps of the recipe in turn",
         "instrument": {"@id": _RECIPE},
-        "startTime": manifest.started_at.isoformat(),
-        **({"endTime": ended} if ended else {}),
-        "actionStatus": {"@id": _COMPLETED if ended else _ACTIVE},
-        "object": [{"@id": one["@id"]} for one in frames],
-        "result": [{"@id": one["@id"]} for one in files] + [{"@id": _PROVENANCE}],
-        **({"agent": [{"@id": one["@id"]} for one in people]} if people else {}),
+        "startTime": _time(manifest.started_at),
+        **({"endTime": _time(datetime.fromisoformat(ended))} if ended else {}),
+        "actionStatus": _COMPLETED if ended else _ACTIVE,
+        "object": _links(one["@id"] for one in frames),
+        "result": _links([*(one["@id"] for one in files), _PROVENANCE]),
+        **({"agent": _links(one["@id"] for one in people)} if people else {}),
         **({"sameAs": manifest.flow_run_url} if manifest.flow_run_url else {}),
     }
+
+
+def _links(ids: Iterable[str]) -> Item | list[Item]:
+    """One alone stands for itself, as RO-Crate 1.1 recommends."""
+    links = [{"@id": one} for one in ids]
+    return links[0] if len(links) == 1 else links
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds")
 
 
 def _frames(folder: RunFolder, graph: Provenance) -> list[Item]:
@@ -158,6 +176,7 @@ def _files(folder: RunFolder, graph: Provenance) -> list[Item]:
                     "@id": path.as_uri(),
                     "@type": "File",
                     "name": path.name,
+                    "encodingFormat": _FORMATS.get(path.suffix, "application/octet-stream"),
                     **({"contentSize": str(size)} if size is not None else {}),
                     **({"identifier": f"blake3:{entity.digest}"} if entity.digest else {}),
                 }

@@ -162,7 +162,8 @@ def test_the_crate_is_read_by_rocrate(processed, tmp_path):
     assert action.type == "CreateAction"
     assert action["instrument"].id == "recipe.json"
     assert any(one.id.endswith(".h5") for one in action["result"])
-    assert any(one.id.endswith("eiger.zarr/") for one in action["object"])
+    assert action["object"].id.endswith("eiger.zarr/")
+    assert action["actionStatus"] == "http://schema.org/CompletedActionStatus"
     assert {profile.id.split("/")[-2] for profile in crate.root_dataset["conformsTo"]} >= {"process", "workflow"}
     assert json.loads((tmp_path / "crate" / "recipe.json").read_text())["steps"]
     crate.write(tmp_path / "again")

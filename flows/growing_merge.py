@@ -1,9 +1,9 @@
 """Merging while measuring: how good the data are that have come so far.
 
 Counts are those of all chunks. What tells how good a merge is (CC1/2, Rsplit, I/σ, resolution) is of crystals that
-are indexed alike and scaled, as `nearline merge` does it; that is fitted anew whenever crystals have become a tenth
-more, so that all fits together cost some ten times the last one. Which chunks a fit is of follows from the chunks that
-are there: whoever asks, and however often, is told the same.
+are indexed alike and scaled, with partialities modelled, as `nearline merge` does it; that is fitted anew whenever
+crystals have become a tenth more, so that all fits together cost some ten times the last one. Which chunks a fit is
+of follows from the chunks that are there: whoever asks, and however often, is told the same.
 """
 
 import logging
@@ -95,9 +95,9 @@ class GrowingMerge:
 
 
 def join_chunks(cell: UnitCell, d_min: float, chunks: Iterable[ChunkReflections]) -> JoinedCrystals:
-    """The crystals of some chunks, corrected for polarisation, indexed alike and scaled; d_min in Å."""
+    """The crystals of some chunks, corrected for polarisation, joined as `nearline merge` does it; d_min in Å."""
     tables = [(chunk.run, observed_reflections(chunk.table(), chunk.geometry)[0]) for chunk in chunks]
-    return join_crystals(gather_observations(unique_reflections(cell, d_min), tables), partiality=False)
+    return join_crystals(gather_observations(unique_reflections(cell, d_min), tables))
 
 
 def _as_sealed(chunk: ChunkReflections) -> tuple[datetime, str, int]:

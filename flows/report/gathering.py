@@ -24,6 +24,7 @@ from storage.states import StreamLedger
 from storage.step_store import ChunkManifest, Manifest, Processing, StepStore, join_frames
 from streaming.retrieval import Run
 from tasks.merge_crystals import BadMerge, MergeStatistics, MergeSums, merge_statistics
+from tasks.model_partiality import PartialityReport
 from tasks.scale_crystals import ScalingReport
 from tasks.unit_cell import UnitCell
 
@@ -99,6 +100,7 @@ class Gathered:
         self.notes: list[str] = []
         self.statistics: MergeStatistics | None = None
         self.scaling: ScalingReport | None = None
+        self.partiality: PartialityReport | None = None
 
     @property
     def figures(self) -> list[ChunkFigures]:
@@ -207,7 +209,8 @@ def _merge(found: Gathered, d_min: float | None) -> None:
     if d_min is None or found.cell is None or not any(chunk.n_crystals for chunk in chunks):
         return
     joined = join_chunks(found.cell, d_min, chunks)
-    found.statistics, found.scaling = merge_statistics(joined.merged()), joined.scaling
+    found.statistics = merge_statistics(joined.merged())
+    found.scaling, found.partiality = joined.scaling, joined.partiality
     found.notes += joined.notes
 
 

@@ -11,6 +11,7 @@ from flows.report.tallies import Sample
 from flows.run_warnings import ChunkFigures, warnings_of
 from storage.models import Record
 from tasks.merge_crystals import MergeStatistics
+from tasks.model_partiality import PartialityReport
 from tasks.orientation_coverage import (
     Alignment,
     beam_directions,
@@ -90,6 +91,7 @@ class ReportFigures(Record):
     orientation: OrientationFigures | None
     merging: MergeStatistics | None = Field(description="of all crystals, scaled together where `scaling` says so")
     scaling: ScalingReport | None = Field(description="null where crystals were not scaled, but a plain mean taken")
+    partiality: PartialityReport | None = Field(description="null where crystals were not scaled")
     columns: dict[str, ColumnFigures] = Field(description="of users' steps, and the total counts of bin")
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
@@ -123,6 +125,7 @@ def figures_of(found: Gathered) -> ReportFigures:
         orientation=orientation,
         merging=found.statistics,
         scaling=found.scaling,
+        partiality=found.partiality,
         columns={name: _of_column(sample) for name, sample in found.values.items() if sample.n_seen},
         decisions=tuple(decision for part in found.parts for decision in decisions_of(part.processing)),
         warnings=tuple(_warnings(found, orientation)),

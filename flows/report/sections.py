@@ -241,10 +241,12 @@ def _merging(figures: ReportFigures) -> Iterator[Section]:
     if s is None:
         return
     how = "scaled together" if figures.scaling is not None else "not scaled, but their plain mean"
+    modelled = figures.partiality
+    if modelled is not None and modelled.is_used:
+        how += " with partialities modelled"
     words = [
         f"{s.n_observations:,} observations of {s.n_crystals:,} crystals in {s.space_group}, {how}, corrected for "
-        "polarisation where the detector's place is known: nearline merge models partialities as well, and writes "
-        "the files."
+        "polarisation where the detector's place is known. nearline merge writes the files."
     ]
     if figures.scaling is not None:
         words += [f"{n:,} crystals are left out: {why}." for why, n in figures.scaling.left_out.items()]

@@ -192,5 +192,6 @@ def _tiles(f: ReportFigures) -> list[tuple[str, str, str]]:
     if f.merging is not None:
         tiles.append(("completeness", f"{100 * f.merging.completeness:.1f} %", f"to {f.merging.d_min:.2f} Å"))
         if f.merging.cc_half is not None:
-            tiles.append(("CC½", f"{f.merging.cc_half:.3f}", "overall, not scaled"))
+            how = "crystals scaled together" if f.scaling is not None else "not scaled"
+            tiles.append(("CC½", f"{f.merging.cc_half:.3f}", f"overall, {how}"))
     return tiles

@@ -24,7 +24,7 @@ from tests.tasks.still_tables import StillTables
 
 CRYSTAL, D_MIN = SimulatedCrystal(), 3.0
 CELL = read_cell(CRYSTAL.cell, CRYSTAL.space_group)
-STILLS = StillTables(CRYSTAL, 60, D_MIN, scale_spread=0.7, b_spread=6.0, polarisation=0.99)
+STILLS = StillTables(CRYSTAL, 60, D_MIN, scale_spread=0.7, b_spread=6.0, polarisation=0.99, excitation_error=2e-4)
 PER_CHUNK = 6
 
 
@@ -48,7 +48,7 @@ def chunks(tmp_path_factory):
 def scaled_at_once(chunks):
     tables = [("lyso/1", observed_reflections(chunk.table(), chunk.geometry)[0]) for chunk in chunks]
     observations = gather_observations(unique_reflections(CELL, D_MIN), tables)
-    return merge_statistics(join_crystals(observations, partiality=False).merged())
+    return merge_statistics(join_crystals(observations).merged())
 
 
 def test_nothing_is_said_of_a_few_crystals(chunks):

@@ -57,7 +57,7 @@ class ServiceProcess:
         self.process.start()
         there.close()
         with here:
-            self.address = _only_line(here)
+            self.address = _only_message(here)
 
     def rss_bytes(self) -> int:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -82,7 +82,7 @@ def _serve(content: str, told: ConnectionOfPipe) -> None:
     serve_until_signal(ServiceSettings.model_validate_json(content), lambda service: told.send(service.address))
 
 
-def _only_line(pipe: ConnectionOfPipe) -> str:
+def _only_message(pipe: ConnectionOfPipe) -> str:
     try:
         return str(pipe.recv())
     except EOFError:

@@ -27,7 +27,8 @@ __all__ = ["Client", "Connection", "is_reachable"]
 _CONNECT_S = 5.0
 _EXTRA_S = 30.0
 _POLL_MS = 200
-# A silent service is greeted this often, and waited for so long when it is gone: a restart takes a few seconds.
+# A silent service is greeted this often, and waited for when nothing has listened there for so long: a restart takes a
+# few seconds.
 _GREET_S = 1.0
 _PATIENCE_S = 10.0
 # A link that carries nothing any more without either end being told (a cable, a switch, a firewall that forgets) is
@@ -83,6 +84,7 @@ class Connection:
         self._unheard: set[int] = set()
         self._heard_at = self._greeted_at = self._looked_at = time.monotonic()
         self._is_broken = False
+        self._absent_since: float | None = None
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
@@ -178,7 +180,7 @@ class Connection:
             except zmq.Again:
                 return True
             self._received_bytes += len(header) + sum(len(part) for part in parts)
-            self._heard_at = time.monotonic()
+            self._heard_at, self._absent_since = time.monotonic(), None
             self._sort(wire.decode_reply(header.buffer), parts)
 
     @property
@@ -205,9 +207,12 @@ class Connection:
         while self._session is None:
             if self.pump(_POLL_MS / 1000):
                 continue
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise self._unavailable()
-            if time.monotonic() - self._greeted_at > _GREET_S:
+            if now - self._greeted_at > _GREET_S:
+                if self._is_absent(now):
+                    deadline = now + _CONNECT_S  # it may be about to start again
                 self._greet()  # the one before may have died with its service
 
     def _greet(self) -> None:
@@ -260,9 +265,19 @@ class Connection:
         now = time.monotonic()
         if not self._asked or now - max(self._heard_at, self._greeted_at) < _GREET_S:
             return
-        if now - self._heard_at > _PATIENCE_S and not is_reachable(self.address):
-            raise self._unavailable()
+        if self._greeted_at > self._heard_at:
+            self._is_absent(now)
         self._greet()
+
+    def _is_absent(self, now: float) -> bool:
+        """Whether nothing listens there now; ServiceUnavailable if so at every look for long."""
+        if is_reachable(self.address):
+            self._absent_since = None
+            return False
+        self._absent_since = now if self._absent_since is None else self._absent_since
+        if now - self._absent_since > _PATIENCE_S:
+            raise self._unavailable()
+        return True
 
     def _transmit(self, asked: _Asked) -> None:
         asked.request.received_bytes = self._received_bytes

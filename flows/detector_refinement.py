@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,7 +27,15 @@ from tasks.refine_panels import CrystalSpots, PanelShift
 from tasks.step_tables import read_crystal, rows_by_frame
 from tasks.unit_cell import UnitCell
 
-__all__ = ["DetectorFindings", "detector_of", "draw_detector", "write_geometry", "write_recipe"]
+__all__ = [
+    "DetectorFindings",
+    "crystal_spots",
+    "detector_of",
+    "draw_detector",
+    "refined_values",
+    "write_geometry",
+    "write_recipe",
+]
 
 # px; regions that are off by more than this have something to tell.
 _NOTABLE_PX = 0.3
@@ -77,12 +86,13 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
     ------
     BadRecipe : it has no crystals, or too few, or no cell.
     """
-    header, cell = header_of(processing), cell_of(processing)
+    geometry = len(processing.geometries())
+    header, cell = header_of(processing, geometry), cell_of(processing)
     if cell is None:
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
     assert header.detector is not None
     shape = (header.shape[0], header.shape[1])
-    found = refine_detector(_crystals(processing, cell), header.detector, shape, cell)
+    found = refine_detector(_crystals(processing, cell, geometry), header.detector, shape, cell)
     residual = found.largest_residual
     return DetectorFindings(
         run=f"{header.experiment}/{header.run}",
@@ -106,17 +116,10 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
 
 def write_recipe(processing: Processing, findings: DetectorFindings, found: DetectorRefinement, path: Path) -> None:
     """The processing's recipe with the beam centre, or the panels, as found, to reprocess with."""
-    recipe = load_recipe(dict(processing.manifest.recipe))
-    content = recipe.model_dump(mode="json", exclude_defaults=True)
-    detector = {name: value for name, value in recipe.detector.items() if name != "geometry"}
-    if recipe.geometry is not None:
-        # The new places have any other distance that the recipe gave in them.
-        detector.pop("detector_distance", None)
-        content["detector"] = detector | {"geometry": _moved(recipe, found).model_dump(mode="json")}
-    else:
-        centre = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
-        content["detector"] = detector | {name: round(value, 4) for name, value in centre.items()}
-    what = "panels" if recipe.geometry is not None else "beam centre"
+    recipe = _newest_recipe(processing)
+    refined = recipe.model_copy(update={"detector": refined_values(recipe, found)})
+    content = refined.model_dump(mode="json", exclude_defaults=True)
+    what = "panels" if found.moved else "beam centre"
     head = f"# {findings.run}:{findings.processing} with the {what} of its {findings.n_crystals} crystals\n"
     replace(path, (head + yaml.safe_dump(content, sort_keys=False)).encode())
 
@@ -128,19 +131,31 @@ def write_geometry(processing: Processing, findings: DetectorFindings, found: De
     ------
     BadGeometry : another suffix, or panels that the format has no words for.
     """
-    header, recipe = header_of(processing), load_recipe(dict(processing.manifest.recipe))
-    detector = header.detector or DetectorHeader()
-    if found.moved:
-        detector = override_detector(detector, {"geometry": _moved(recipe, found)})
-    else:
-        moved = {"beam_center_x": findings.beam_center_x, "beam_center_y": findings.beam_center_y}
-        detector = override_detector(detector, moved)
+    header, recipe = header_of(processing), _newest_recipe(processing)
+    detector = override_detector(header.detector or DetectorHeader(), refined_values(recipe, found))
     bad = recipe.geometry.bad if recipe.geometry else ()
     if path.suffix.lower() == ".geom":
         text = geometry_file(header.model_copy(update={"detector": detector}), bad=bad)
         replace(path, text.encode())
     else:
         write_file(path, Geometry.from_header(detector, (header.shape[0], header.shape[1])), bad)
+
+
+def refined_values(recipe: Recipe, found: DetectorRefinement) -> dict[str, float | DetectorGeometry]:
+    """A recipe's detector values with the beam centre, or the panels, as found."""
+    values = {name: value for name, value in recipe.detector.items() if name != "geometry"}
+    if found.moved:
+        # The new places have any other distance that the recipe gave in them.
+        values.pop("detector_distance", None)
+        return values | {"geometry": _moved(recipe, found)}
+    x, y = found.beam_center
+    return values | {"beam_center_x": round(x, 4), "beam_center_y": round(y, 4)}
+
+
+def _newest_recipe(processing: Processing) -> Recipe:
+    """The recipe, with the detector values of the newest geometry snapshot."""
+    recipe, snapshots = load_recipe(dict(processing.manifest.recipe)), processing.geometries()
+    return recipe.model_copy(update={"detector": snapshots[-1].detector}) if snapshots else recipe
 
 
 def _moved(recipe: Recipe, found: DetectorRefinement) -> DetectorGeometry:
@@ -234,13 +249,21 @@ def _words_of_panels(found: DetectorRefinement) -> Iterator[str]:
         yield f"all {len(found.panels)} panels are where they were taken to be, within three standard deviations"
 
 
-def _crystals(processing: Processing, cell: UnitCell) -> Iterator[CrystalSpots]:
+def _crystals(processing: Processing, cell: UnitCell, geometry: int) -> Iterator[CrystalSpots]:
     try:
-        crystals, peaks = processing.table("crystals"), processing.table("peaks")
+        tables = [processing.table(name, geometry=geometry) for name in ("crystals", "peaks")]
     except KeyError:
+        if geometry:
+            why = f"has not come to geometry snapshot {geometry} yet; wait for its next chunks"
+            raise BadRecipe(f"processing {processing.name} {why}") from None
         raise BadRecipe(
             f"processing {processing.name} has no crystals; put find_peaks and index in its recipe"
         ) from None
+    return crystal_spots(tables[0], tables[1], cell)
+
+
+def crystal_spots(crystals: pa.Table, peaks: pa.Table, cell: UnitCell) -> Iterator[CrystalSpots]:
+    """The crystals of a table with the spots of their frames; both tables in the order of frames."""
     index = np.unique(crystals["frame_index"].to_numpy())
     x, y = peaks["x"].to_numpy(), peaks["y"].to_numpy()
     for (at, n), (first, n_peaks) in zip(rows_by_frame(crystals, index), rows_by_frame(peaks, index), strict=True):

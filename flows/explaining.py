@@ -68,6 +68,9 @@ class Explanation(Record):
     chunk: dict[str, Any] = Field(default_factory=dict)
     steps: list[StepFacts] = Field(default_factory=list)
     detector: dict[str, Any] = Field(default_factory=dict, description="header values that the steps used")
+    geometry: dict[str, Any] = Field(
+        default_factory=dict, description="the geometry snapshot that gave those values, where it is not the recipe's"
+    )
     mask: str = Field("", description="digest of the effective mask")
     processing: dict[str, Any] = Field(default_factory=dict, description="who ran it, when, in which flow run")
 
@@ -256,9 +259,20 @@ def _result_facts(
         "values": _values(processing, chunk, store, steps, frame, peak, reflection),
         "steps": [_step_facts(name, digest, key, modules) for (name, digest), key in zip(steps, keys, strict=True)],
         "detector": (keys[-1].get("detector") or {}) if keys else {},
+        "geometry": _geometry_facts(processing, chunk.geometry),
         "mask": keys[-1].get("mask", "") if keys else "",
         "processing": about,
     }
+
+
+def _geometry_facts(processing: Processing, number: int) -> dict[str, Any]:
+    """A snapshot without its values, which the steps have recorded."""
+    if number == 0:
+        return {}
+    snapshot = processing.geometries()[number - 1]
+    return snapshot.model_dump(mode="json", exclude={"detector"}) | {
+        "digest": snapshot.digest, "words": snapshot.words
+    }  # fmt: skip
 
 
 def chunk_of(processing: Processing, frame: int) -> ChunkManifest | None:

@@ -33,7 +33,8 @@ class RunExporter:
     """The files of one processing, open while chunks come in.
 
     The NXmx file gets its name at `close`; the CrystFEL stream grows where it is, whole frames at
-    a time. A second attempt writes both anew from the kept step outputs.
+    a time. A second attempt writes both anew from the kept step outputs. Each geometry snapshot has files of its own,
+    since both formats have room for one geometry.
     """
 
     def __init__(
@@ -45,17 +46,90 @@ class RunExporter:
         run_header: RunHeader,
         pixel_mask: np.ndarray | None,
     ) -> None:
-        self._recipe, self._header = recipe, header
+        self._recipe, self._run_header, self._pixel_mask = recipe, run_header, pixel_mask
         self._processing = Processing(run_folder, processing)
-        self._history = StepHistory(run_folder)
-        stem = f"{header.experiment}_{header.run}_{header.data_source}_{processing}"
+        self.geometry = 0
         self.files: dict[str, Path] = {}
+        self._open = self._new_files(header, 0)
+
+    def add_chunk(self, frames: Sequence[Frame], result: ChunkResult) -> None:
+        """Append one chunk's frames and what was found on them."""
+        self._open.add_chunk(frames, result)
+
+    def use_geometry(self, number: int, header: StreamHeader, start: int) -> None:
+        """Finish the files of the geometry before, and go on with those of snapshot ``number`` from frame ``start``."""
+        self._close_open()
+        self.geometry = number
+        self._open = self._new_files(header, start)
+
+    def close(self) -> dict[str, Path]:
+        """Finish the files and give them their names."""
+        self._close_open()
+        if self._recipe.export.report:
+            self._write_report()
+        return self.files
+
+    def discard(self) -> None:
+        """Leave no half-written file behind."""
+        self._open.discard()
+
+    def _new_files(self, header: StreamHeader, start: int) -> "_GeometryFiles":
+        made = _GeometryFiles(
+            self._processing, self._recipe, header, self._run_header, self._pixel_mask, self.geometry, start
+        )
+        self.files |= {self._file_name(kind): path for kind, path in made.files.items()}
+        return made
+
+    def _close_open(self) -> None:
+        self._open.close()
+        for kind in self._open.left_out:
+            log.info("no %s file of %s: there is no frame for it", kind, self._processing)
+            del self.files[self._file_name(kind)]
+
+    def _file_name(self, kind: str) -> str:
+        return f"{kind}_{self.geometry}" if self.geometry else kind
+
+    def _write_report(self) -> None:
+        # Here, because what it needs takes more than a second to load, which few recipes ask for.
+        from flows.report import write_processing_report
+
+        path = self._processing.folder / "report.html"
+        try:
+            write_processing_report(open_run(self._processing.run), self._processing, path)
+        except Exception:  # a report that cannot be drawn is no reason to lose the processing that it is of
+            log.exception("no report of %s", self._processing)
+        else:
+            self.files["report"] = path
+
+
+class _GeometryFiles:
+    """The NXmx file and the CrystFEL stream of the chunks of one geometry.
+
+    geometry : number of the snapshot. start : first frame of the NXmx file, where it has one row per frame.
+    """
+
+    def __init__(
+        self,
+        processing: Processing,
+        recipe: Recipe,
+        header: StreamHeader,
+        run_header: RunHeader,
+        pixel_mask: np.ndarray | None,
+        geometry: int,
+        start: int,
+    ) -> None:
+        self._recipe, self._header = recipe, header
+        self._history = StepHistory(processing.run)
+        stem = f"{header.experiment}_{header.run}_{header.data_source}_{processing.name}"
+        stem += f"_geometry{geometry}" if geometry else ""
+        self.files: dict[str, Path] = {}
+        self.left_out: list[str] = []
         self._rows: dict[int, int] = {}
         self._has_mask = pixel_mask is not None
         self._nexus: NxmxWriter | None = None
         self._stream: CrystfelStreamWriter | None = None
         if recipe.export.nexus != "none":
-            path = run_folder / "nexus" / f"{stem}.h5"
+            path = processing.run / "nexus" / f"{stem}.h5"
             path.parent.mkdir(exist_ok=True)
             self._nexus = NxmxWriter(
                 path,
@@ -63,12 +137,13 @@ class RunExporter:
                 pixel_mask=pixel_mask,
                 run_header=run_header,
                 sample=run_header.sample or (recipe.sample.name if recipe.sample else None),
+                start=start,
                 keep_holes=recipe.export.nexus == "all",
                 overwrite=True,
             )
             self.files["nexus"] = path
         if recipe.export.crystfel:
-            self._open_stream(run_folder / "processed" / processing, stem)
+            self._open_stream(processing.folder, stem)
 
     def add_chunk(self, frames: Sequence[Frame], result: ChunkResult) -> None:
         """Append one chunk's frames and what was found on them."""
@@ -83,28 +158,16 @@ class RunExporter:
         if self._stream is not None:
             self._write_stream(frames, result, hits)
 
-    def close(self) -> dict[str, Path]:
-        """Finish the files and give them their names."""
-        if self._nexus is not None:
+    def close(self) -> None:
+        """Finish the files and give them their names; an NXmx file of no frames is left out."""
+        if self._nexus is not None and not self._rows:
+            self._nexus.discard()
+            self.left_out.append("nexus")
+        elif self._nexus is not None:
             self._history.write(self._nexus, self._recipe.model_dump(mode="json"), self._recipe.digest)
             self._nexus.close()
         if self._stream is not None:
             self._stream.close()
-        if self._recipe.export.report:
-            self._write_report()
-        return self.files
-
-    def _write_report(self) -> None:
-        # Here, because what it needs takes more than a second to load, which few recipes ask for.
-        from flows.report import write_processing_report
-
-        path = self._processing.folder / "report.html"
-        try:
-            write_processing_report(open_run(self._processing.run), self._processing, path)
-        except Exception:  # a report that cannot be drawn is no reason to lose the processing that it is of
-            log.exception("no report of %s", self._processing)
-        else:
-            self.files["report"] = path
 
     def discard(self) -> None:
         """Leave no half-written file behind."""

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field
 
 from flows.merge_splits import Labels, file_endings, labels_of_frames, split_crystals
@@ -157,12 +159,25 @@ def _gather(
 
 def _observed(processing: Processing, polarisation: float | None) -> tuple[dict[str, np.ndarray], str | None]:
     """Reflections of a processing, corrected for polarisation; or why not."""
-    geometry, why_unknown = None, None
+    found = []
+    for number in range(1 + len(processing.geometries())):
+        with suppress(KeyError):  # a geometry that no chunk was analysed with
+            table = processing.table("reflections", geometry=number)
+            found.append(_observed_with(processing, number, table, polarisation))
+    columns = {name: np.concatenate([part[name] for part, _ in found]) for name in found[0][0]}
+    return columns, next((why for _, why in found if why), None)
+
+
+def _observed_with(
+    processing: Processing, geometry: int, table: pa.Table, polarisation: float | None
+) -> tuple[dict[str, np.ndarray], str | None]:
+    """The part of them that was measured with one geometry snapshot."""
+    placed, why_unknown = None, None
     try:
-        geometry = geometry_of(processing) if polarisation is not None else None
+        placed = geometry_of(processing, geometry) if polarisation is not None else None
     except BadFrame as error:
         why_unknown = str(error)
-    columns, why_not = observed_reflections(processing.table("reflections"), geometry, polarisation)
+    columns, why_not = observed_reflections(table, placed, polarisation)
     return columns, why_not and (why_unknown or why_not)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from storage.geometry_snapshot import GeometrySnapshot
 from storage.step_store import ChunkManifest, Processing
 from streaming.retrieval import Run
 from tasks.recipe import Recipe
@@ -52,6 +53,7 @@ class Progress:
 
     lag_frames : that have come since. lag_s : s since the chunk was sealed.
     outlook : for each stop criterion, in words, whether or when it is enough.
+    geometries : refined ones, in order.
     task_runs : ids of the Prefect task runs that worked on the chunk, by group of steps.
     """
 
@@ -63,6 +65,7 @@ class Progress:
     lag_s: float
     planned: int
     pictures: tuple[Path, ...]
+    geometries: tuple[GeometrySnapshot, ...] = ()
     outlook: dict[str, str] = field(default_factory=dict)
     task_runs: dict[str, str] = field(default_factory=dict)
 

@@ -142,6 +142,8 @@ class _Replay:
             return instead.model_copy(update={"steps": tuple(specs)})
         # A mask file is looked at in `_mask`; it need not be there for the recipe to be read.
         content |= {"steps": [s.model_dump() for s in specs], "mask": None, "mask_digest": None}
+        if self._chunk.geometry:
+            content["detector"] = dict(self._processing.geometries()[self._chunk.geometry - 1].detector)
         try:
             self._check_manifest(load_recipe(dict(manifest.recipe) | {"mask": None}), manifest.recipe_digest)
             return load_recipe(content)

@@ -142,6 +142,7 @@ class RunPage:
             f"# {self._title}",
             self._how_far(progress, summary),
             self._warnings(),
+            _geometries(progress),
             _outlook(progress),
             self._charts(),
             self._own_columns(),
@@ -223,6 +224,11 @@ def _outlook(progress: Progress | None) -> str:
     """Whether, or when, there is enough."""
     rows = [] if progress is None else [f"| `{text}` | {words} |" for text, words in progress.outlook.items()]
     return "\n".join(["| stop when | |", "|---|---|", *rows]) if rows else ""
+
+
+def _geometries(progress: Progress | None) -> str:
+    """Where the detector was found to stand elsewhere."""
+    return "\n".join(f"> **Geometry:** {snapshot.words}\n" for snapshot in (progress.geometries if progress else ()))
 
 
 def _bar(part: float) -> str:

@@ -25,10 +25,12 @@ from flows.decisions import Decision, Decisions
 from flows.derived_streams import DerivedStreams
 from flows.execution import Execution, Executor, Promise, plain_executor
 from flows.exports import RunExporter
+from flows.geometry_snapshots import GeometrySnapshots
 from flows.pictures import draw_frame
 from flows.progress import Progress, Reporter, Reporters, RunTotals, Silent
 from flows.record_provenance import ProvenanceReporter
 from storage.errors import StreamNotFound
+from storage.geometry_snapshot import GeometrySnapshot
 from storage.models import Model
 from storage.step_store import Manifest, Processing, find_processings
 from storage.veto import hold_frames
@@ -201,8 +203,10 @@ class _Work:
         self._n_threads, self._executor, self._reporter = n_threads, executor, reporter
         self._decisions = decisions
         self._header, self._mask = analysis_header(stream, recipe), analysis_mask(stream, recipe)
+        self._geometries = GeometrySnapshots(processing, recipe, stream.header)
         self._totals = RunTotals()
         self._pictures: list[Path] = []
+        self._snapshots: list[GeometrySnapshot] = []
         self._derived = DerivedStreams(run, stream, processing, recipe, self._header)
 
     def carry_out(self, n_ahead: int) -> dict[str, Any]:
@@ -219,7 +223,7 @@ class _Work:
         )
         try:
             self._derived.open()
-            with ChunkFeeder(self._stream, self._submit, n_ahead) as under_way:
+            with self._geometries, ChunkFeeder(self._stream, self._submit, n_ahead) as under_way:
                 for chunk, job, promise in under_way:
                     self._take(chunk, job, promise.result(), exporter)
             files = exporter.close()
@@ -234,7 +238,8 @@ class _Work:
         return summary
 
     def _submit(self, chunk: Chunk) -> tuple[ChunkJob, Promise]:
-        job = ChunkJob(str(self._run.folder), self._stream.name, self._recipe, chunk.commit, self._n_threads)
+        geometry, recipe = self._geometries.recipe_for(chunk.commit.chunk)
+        job = ChunkJob(str(self._run.folder), self._stream.name, recipe, chunk.commit, self._n_threads, geometry)
         return job, self._executor.submit(job)
 
     def _take(self, chunk: Chunk, job: ChunkJob, seconds: dict[str, float], exporter: RunExporter) -> None:
@@ -254,6 +259,8 @@ class _Work:
             result.manifest.n_indexed,
         )
         self._draw(job, result)
+        if (snapshot := self._geometries.take(result)) is not None:
+            self._snapshots.append(snapshot)
         self._processing.add_chunk(result.manifest)
         status = self._stream.status
         self._reporter.chunk_done(
@@ -266,12 +273,15 @@ class _Work:
                 lag_s=max((datetime.now(UTC) - chunk.commit.sealed_at).total_seconds(), 0.0),
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
+                geometries=tuple(self._snapshots),
                 outlook=self._decisions.judge(chunk.commit.chunk),
                 task_runs=self._executor.task_runs(chunk.commit.chunk),
             )
         )
 
     def _export(self, exporter: RunExporter, job: ChunkJob, result: ChunkResult) -> None:
+        if job.geometry != exporter.geometry:
+            exporter.use_geometry(job.geometry, self._geometries.header(job.geometry), job.commit.start)
         exporter.add_chunk(job.frames() if exporter.files else [], result)
 
     # ---- for people ---------------------------------------------------------------------------
@@ -294,7 +304,7 @@ class _Work:
                 path,
                 by_index[index].data,
                 self._mask,
-                self._header,
+                self._geometries.header(job.geometry),
                 f"{self._run.name} frame {index}: {', '.join(words)}",
                 peaks.filter(peaks["frame_index"].to_numpy() == index),
                 reflections.filter(reflections["frame_index"].to_numpy() == index) if reflections else None,
@@ -319,6 +329,7 @@ class _Work:
             "chunks": totals.chunks,
             "steps_computed": totals.steps_computed,
             "steps_reused": totals.steps_reused,
+            "geometries": [snapshot.words for snapshot in self._snapshots],
             "files": {name: str(path) for name, path in files.items()},
             "pictures": [str(path) for path in self._pictures],
             "flow_run_url": self._processing.manifest.flow_run_url,

@@ -71,7 +71,7 @@ class RunTally:
             )
         self.sums = {limit: MergeSums(cell, limit) for limit in limits if cell is not None and limit is not None}
         self.reflections: list[ChunkReflections] = []
-        self._geometry = _known_geometry(processing) if self.sums else None
+        self._geometries: dict[int, Geometry | None] = {}
 
     def __len__(self) -> int:
         """Chunks so far."""
@@ -112,8 +112,13 @@ class RunTally:
             crystals = np.stack([columns["frame_index"], columns["crystal"]])
             n_crystals = int(np.unique(crystals, axis=1).shape[1])
             self.reflections.append(
-                ChunkReflections(self.run, chunk.chunk, sealed_at, n_crystals, store, digest, self._geometry)
+                ChunkReflections(self.run, chunk.chunk, sealed_at, n_crystals, store, digest, self._geometry_of(chunk))
             )
+
+    def _geometry_of(self, chunk: ChunkManifest) -> Geometry | None:
+        if chunk.geometry not in self._geometries:
+            self._geometries[chunk.geometry] = _known_geometry(self.processing, chunk.geometry)
+        return self._geometries[chunk.geometry]
 
     def _sealed_at(self, chunk: int) -> datetime | None:
         try:
@@ -235,9 +240,9 @@ class _Merged:
         return self._made[limit]
 
 
-def _known_geometry(processing: Processing) -> Geometry | None:
+def _known_geometry(processing: Processing, geometry: int) -> Geometry | None:
     try:
-        return geometry_of(processing)
+        return geometry_of(processing, geometry)
     except BadFrame:
         return None
 
@@ -265,24 +270,30 @@ def usual_d_min(processing: Processing) -> float:
     limits = [step.get("params", {}).get("d_min", 0.0) for step in steps if step.get("use") == "integrate"]
     if any(limits):
         return float(max(limits))
-    return math.ceil(100 / geometry_of(processing).q_at_edge) / 100
+    return math.ceil(100 / geometry_of(processing, 0).q_at_edge) / 100
 
 
-def header_of(processing: Processing) -> StreamHeader:
-    """The stream's header as a processing took it: with what its recipe corrects of the detector."""
+def header_of(processing: Processing, geometry: int | None = None) -> StreamHeader:
+    """The stream's header as a processing took it: with what its recipe corrects of the detector.
+
+    geometry : number of a geometry snapshot, 0 for what the recipe says; by default the newest there is.
+    """
     header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
-    recipe = load_recipe({"detector": processing.manifest.recipe.get("detector") or {}})
+    values = processing.manifest.recipe.get("detector") or {}
+    if geometry != 0 and (snapshots := processing.geometries()):
+        values = (snapshots[-1] if geometry is None else snapshots[geometry - 1]).detector
+    recipe = load_recipe({"detector": dict(values)})
     return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
 
 
-def geometry_of(processing: Processing) -> Geometry:
-    """The detector in the beam as a processing took it.
+def geometry_of(processing: Processing, geometry: int | None = None) -> Geometry:
+    """The detector in the beam as a processing took it; ``geometry`` as for `header_of`.
 
     Raises
     ------
     BadFrame : distance or wavelength is unknown.
     """
-    header = header_of(processing)
+    header = header_of(processing, geometry)
     slow, fast = header.shape
     return Geometry.from_header(header.detector or DetectorHeader(), (slow, fast))
 

@@ -125,6 +125,8 @@ def _explained(found: Any) -> Tree:
         _add(tree, "values", dict(list(found.values.items())[:_MOST_VALUES]))
     for step in reversed(found.steps):
         _add_step(tree, step)
+    if found.geometry:
+        tree.add(f"[bold]geometry[/bold]: {_text(found.geometry['words'])}, digest {found.geometry['digest'][:_SHORT]}")
     _add(tree, "processing", _told(found.processing))
     _add_bytes(tree, found)
     _add(tree, "received", found.received)

@@ -53,7 +53,7 @@ class Entity(Record):
     """Something that was used or made; the digest says exactly what."""
 
     id: str
-    kind: Literal["frames", "recipe", "mask", "code", "environment", "step output", "file"]
+    kind: Literal["frames", "recipe", "mask", "geometry", "code", "environment", "step output", "file"]
     digest: str = ""
     location: str | None = Field(None, description="relative to the run folder, or an absolute path")
     attributes: dict[str, Any] = Field(default_factory=dict)
@@ -275,6 +275,7 @@ def _derived(folder: RunFolder, processing: Processing) -> Iterator[ProvRecord]:
         attributes = {"flow_run_id": manifest.flow_run_id, "url": manifest.flow_run_url}
         yield Agent(id=flow, kind="flow run", attributes=attributes)
         yield Relation(kind="wasAssociatedWith", subject=me, object=flow)
+    yield from _geometry_records(processing)
     for chunk in processing.chunks():
         yield from _chunk_records(processing, chunk)
         yield from _recording_records(folder, manifest.data_source, chunk)
@@ -297,6 +298,8 @@ def _chunk_records(processing: Processing, chunk: ChunkManifest) -> Iterator[Any
     )
     yield Relation(kind="used", subject=me, object=frames, role="frames")
     yield Relation(kind="used", subject=me, object=f"recipe/{manifest.recipe_digest}", role="recipe")
+    if chunk.geometry:
+        yield Relation(kind="used", subject=me, object=_geometry_id(processing, chunk.geometry), role="geometry")
     upstream = ""
     for step, digest in chunk.steps.items():
         record, entity = store.record(digest) or {}, f"step/{digest}"
@@ -321,6 +324,24 @@ def _chunk_records(processing: Processing, chunk: ChunkManifest) -> Iterator[Any
             mask = f"mask/{record['mask']}"
             yield Entity(id=mask, kind="mask", digest=record["mask"])
             yield Relation(kind="used", subject=me, object=mask, role="mask")
+
+
+def _geometry_records(processing: Processing) -> Iterator[ProvRecord]:
+    """The geometries that were refined as it went, and from whose crystals."""
+    chunks = {chunk.chunk: chunk for chunk in processing.chunks()}
+    for snapshot in processing.geometries():
+        me = _geometry_id(processing, snapshot.number)
+        yield Entity(
+            id=me,
+            kind="geometry",
+            digest=snapshot.digest,
+            location=f"processed/{processing.name}/geometry/{snapshot.number:03d}.json",
+            attributes={"words": snapshot.words, "n_crystals": snapshot.n_crystals, "inputs": snapshot.inputs},
+        )
+        yield Relation(kind="wasGeneratedBy", subject=me, object=_processing_id(processing))
+        first, last = snapshot.looked_at
+        for step in (digest for n in range(first, last + 1) if n in chunks for digest in chunks[n].steps.values()):
+            yield Relation(kind="wasDerivedFrom", subject=me, object=f"step/{step}")
 
 
 def _maker(activity: str, made: dict[str, Any] | None, *, is_reused: bool) -> Iterator[ProvRecord]:
@@ -404,6 +425,10 @@ def _processing_id(processing: Processing) -> str:
 
 def _chunk_id(processing: Processing, chunk: int) -> str:
     return f"{processing.name}/chunk/{chunk:05d}"
+
+
+def _geometry_id(processing: Processing, number: int) -> str:
+    return f"geometry/{processing.name}/{number}"
 
 
 def _frames_id(digest: str) -> str:

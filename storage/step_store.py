@@ -27,6 +27,7 @@ from storage.agents import publish_environment, this_agent
 from storage.errors import BadRecipe, DamagedOutput, ProcessingBusy, RunNotFound
 from storage.files import is_local, publish, readable, replace, sync_folder
 from storage.frame_table import table_bytes
+from storage.geometry_snapshot import GeometrySnapshot
 from storage.models import Record
 from storage.names import check_name
 from storage.run_folder import parse_file
@@ -177,6 +178,7 @@ class ChunkManifest(Record):
     n_hits: int
     n_indexed: int
     seconds: dict[str, float] = Field(default_factory=dict, description="step name → wall time, s; 0 when reused")
+    geometry: int = Field(0, description="number of the geometry snapshot it was analysed with; 0 is the recipe's")
 
 
 class Manifest(Record):
@@ -320,13 +322,36 @@ class Processing:
         for path in sorted((self.folder / "chunks").glob("[0-9]*.json")):
             yield parse_file(ChunkManifest, path)
 
-    def table(self, name: str) -> pa.Table:
+    def add_geometry(self, snapshot: GeometrySnapshot) -> None:
+        """Record a refined geometry, before the first chunk that is analysed with it."""
+        publish(self._geometry_path(snapshot.number), snapshot.model_dump_json(indent=1).encode())
+
+    def geometries(self) -> list[GeometrySnapshot]:
+        """The refined geometries, in order; none where the recipe's held to the end, or nobody looked."""
+        paths = sorted((self.folder / "geometry").glob("[0-9]*.json"))
+        return [parse_file(GeometrySnapshot, path) for path in paths]
+
+    def geometry_file(self, number: int, suffix: str = ".geom") -> Path:
+        """Where a snapshot is kept for other programs."""
+        return self._geometry_path(number).with_suffix(suffix)
+
+    def table(self, name: str, *, geometry: int | None = None) -> pa.Table:
         """One result table (``frames``, ``peaks``, ``crystals``, ``reflections`` …) over all chunks.
 
         ``frames`` joins the per-frame columns of all steps on ``frame_index``.
+
+        Parameters
+        ----------
+        geometry : only of chunks that were analysed with this geometry snapshot.
+
+        Raises
+        ------
+        KeyError : there is none.
         """
         parts = []
         for chunk in self.chunks():
+            if geometry is not None and chunk.geometry != geometry:
+                continue
             if name == "frames":
                 parts.append(join_frames([self._steps.read(d, "frames") for d in chunk.steps.values()]))
             else:
@@ -358,6 +383,9 @@ class Processing:
     @property
     def _claim_path(self) -> Path:
         return self.folder / "claim"
+
+    def _geometry_path(self, number: int) -> Path:
+        return self.folder / "geometry" / f"{number:03d}.json"
 
     def _chunk_path(self, number: int) -> Path:
         return self.folder / "chunks" / f"{number:05d}.json"

@@ -8,7 +8,7 @@ comes out.
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -44,7 +44,8 @@ class StepGroup:
 class ChunkJob:
     """A recipe to be carried out on one sealed chunk.
 
-    folder : of the run, as every worker sees it. n_threads : over the frames of the chunk.
+    folder : of the run, as every worker sees it. n_threads : over the frames of the chunk. geometry : number of the
+        geometry snapshot whose detector values the recipe has.
     """
 
     folder: str
@@ -52,6 +53,7 @@ class ChunkJob:
     recipe: Recipe
     commit: ChunkCommit
     n_threads: int = 1
+    geometry: int = 0
 
     @property
     def groups(self) -> list[StepGroup]:
@@ -80,7 +82,8 @@ class ChunkJob:
 
     def result(self, seconds: Mapping[str, float]) -> ChunkResult:
         """What came out; ``seconds`` as `carry_out` has given them."""
-        return self._process(None, seconds)
+        result = self._process(None, seconds)
+        return replace(result, manifest=result.manifest.model_copy(update={"geometry": self.geometry}))
 
     def plan(self) -> list[PlannedStep]:
         """Its steps with their digests; made once in a process, though each group of steps asks for it."""

@@ -23,9 +23,10 @@ from storage.masks import array_digest
 from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
 from storage.step_store import ChunkManifest, StepStore, Tables, join_frames
+from tasks import refine_detector, refine_panels
 from tasks.chunk_frames import ChunkFrames
 from tasks.recipe import Recipe, StepSpec
-from tasks.step import Step
+from tasks.step import Step, source_digest
 from tasks.steps import STEPS, BinParams
 from tasks.user_steps import user_step
 
@@ -198,6 +199,8 @@ def _timed(work: Callable[[int], Any], position: int) -> tuple[Any, float]:
 def code_digest(recipe: Recipe) -> str:
     """blake3 over the code of all steps of a recipe, hex: an interrupted processing goes on only with the same."""
     identities = [_step_of(spec).identity for spec in recipe.steps]
+    if recipe.refine_detector is not None:
+        identities.append({"source": source_digest(refine_detector, refine_panels)})
     return blake3.blake3(json.dumps(identities, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,7 +24,7 @@ from tasks.steps import STEPS
 from tasks.unit_cell import UnitCell, read_cell
 from tasks.user_steps import check_user_step
 
-__all__ = ["Export", "Recipe", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
+__all__ = ["Export", "Recipe", "RefineDetector", "Sample", "StepSpec", "crystallography", "load_recipe", "read_mask"]
 
 
 # Binning and the peak search see every frame, what comes behind them the hits only.
@@ -78,6 +78,25 @@ class Export(Model):
     report: bool = Field(False, description="write report.html beside the tables when the run has ended")
 
 
+class RefineDetector(Model):
+    """When to look whether the detector stands elsewhere than it was taken to, while a run is processed.
+
+    What is found is in force from a later chunk on, which follows from the chunks alone: whoever processes the run, and
+    with however many workers, gets the same.
+    """
+
+    n_crystals: int = Field(
+        50, ge=10, description="crystals before the first look; the next is at twice as many, and so on to 16 times"
+    )
+    min_shift: float = Field(0.1, gt=0, description="px; a beam centre or panels that are off by less are left alone")
+    lag: int = Field(
+        4,
+        gt=0,
+        description="chunks from a look to the first that is analysed with what it found; no more chunks than this "
+        "are under way at a time",
+    )
+
+
 class Recipe(Model):
     """Steps in order, and what they share."""
 
@@ -89,6 +108,11 @@ class Recipe(Model):
         default_factory=dict,
         description="header values that replace the detector's, e.g. detector_distance in m; geometry: a .geom, .expt "
         "or .poni file, kept by value",
+    )
+    refine_detector: RefineDetector | None = Field(
+        None,
+        description="refine the beam centre, or the panels, from the crystals found, and go on with what was found "
+        "(docs/geometry.md); {} for the usual limits",
     )
     mask: str | None = Field(None, description=".npy file, (slow, fast), nonzero = do not use; added to the detector's")
     mask_digest: str | None = Field(None, description="of the mask's values, set when the recipe is loaded")
@@ -115,6 +139,8 @@ class Recipe(Model):
     def _steps_can_run(self) -> Self:
         for step in self.steps:
             _check_step(step, self)
+        if self.refine_detector is not None and not any(step.use == "index" for step in self.steps):
+            raise ValueError("refine_detector goes by crystals, and no step uses index; add it, or leave this out")
         return self
 
     @property
@@ -123,6 +149,8 @@ class Recipe(Model):
         how: Any = {"name": True, "mask": True, "steps": {"__all__": {"group"}}}
         # A report changes no result. Without a stream of hits recipes keep the digest from before there was one.
         how["export"] = {"report"} if self.export.hits_stream else {"report", "hits_stream"}
+        if self.refine_detector is None:
+            how["refine_detector"] = True
         if "geometry" in self.detector:
             how["detector"] = {"geometry": {"file", "notes"}}
         return blake3.blake3(self.model_dump_json(exclude=how).encode()).hexdigest()

@@ -13,11 +13,11 @@ from flows.criteria import Quantity
 from flows.growing_merge import join_chunks
 from flows.merging import are_alike
 from flows.report.tallies import Blocks, DetectorMap, PeakCounts, Sample
-from flows.run_tally import RunTally, cell_of, usual_d_min
+from flows.run_tally import RunTally, cell_of, header_of, usual_d_min
 from flows.run_warnings import ChunkFigures
 from flows.step_columns import StepColumns
 from storage.errors import BadFrame, BadRecipe, DamagedFile
-from storage.geometry import Geometry, override_detector
+from storage.geometry import Geometry
 from storage.models import DetectorHeader, StreamHeader
 from storage.run_folder import RunFolder
 from storage.states import StreamLedger
@@ -182,7 +182,7 @@ def _common_d_min(found: Gathered, processings: Sequence[Processing]) -> float |
 def _part(run: Run, processing: Processing, found: Gathered, d_min: float | None) -> RunPart:
     manifest = processing.manifest
     stream = run[manifest.data_source]
-    detector = override_detector(stream.header.detector or DetectorHeader(), manifest.recipe.get("detector") or {})
+    detector = header_of(processing).detector or DetectorHeader()
     return RunPart(
         run=run,
         processing=processing,

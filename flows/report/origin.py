@@ -80,6 +80,8 @@ def _detector_rows(part: RunPart) -> Iterator[tuple[str, str]]:
         pixel = f"{1e6 * d.pixel_size_x:g} × {1e6 * d.pixel_size_y:g} µm"
         thickness = f"{1e3 * d.sensor_thickness:g} mm " if d.sensor_thickness else ""
         yield "sensor", f"{thickness}{d.sensor_material}, pixels of {pixel}"
+    for snapshot in part.processing.geometries():
+        yield "refined", snapshot.words
 
 
 def _origin_rows(part: RunPart) -> Iterator[tuple[str, str]]:

@@ -165,4 +165,4 @@ def _process(
 ) -> None:
     # Kept step outputs would be found again.
     shutil.rmtree(folder / "steps", ignore_errors=True)
-    process_chunk(recipe, commit, lambda: chunk, header, mask, folder, n_threads=N_THREADS)
+    process_chunk(recipe, commit, lambda: [[frame] for frame in chunk], header, mask, folder, n_threads=N_THREADS)

@@ -7,7 +7,7 @@ from typing import Any
 from storage.errors import BadRecipe, NearlineError
 from storage.models import StreamHeader
 from storage.step_store import Processing
-from streaming.derived import DerivedStream, open_derived
+from streaming.derived import DerivedStream, Row, open_derived
 from streaming.retrieval import Run, Stream, open_run
 from tasks.bin_frames import binned_header
 from tasks.chunk_job import ChunkJob
@@ -36,7 +36,7 @@ class DerivedStreams:
 
     def open(self) -> None:
         """``<source>.results@<id>``, one row per frame, and ``<source>.binned@<id>`` where a step bins."""
-        headers = {"results": {"kind": "table", "shape": (), "dtype": "", "codec": "raw", "detector": None}}
+        headers = {"results": {"kind": "table", "shape": (), "dtype": "", "codec": "raw", "detector": None, "parts": 1}}
         for spec in self._recipe.steps:
             if spec.use == "bin":
                 factor = STEPS["bin"].read_params(spec.params)
@@ -64,11 +64,6 @@ class DerivedStreams:
             return
         self._is_hits_opened = True
         parent = open_run(str(self._run.folder))[self._stream.name].header
-        if parent.parts > 1:
-            raise BadRecipe(
-                f"{parent.data_source} sends frames in {parent.parts} parts, and a stream of hits holds whole ones; "
-                "leave out export.hits_stream"
-            )
         self._open_one("hits", parent, {"leaves_out": _NOT_A_HIT})
 
     def _open_one(self, name: str, parent: StreamHeader, changes: dict[str, Any]) -> None:
@@ -85,23 +80,24 @@ class DerivedStreams:
             log.warning("not writing the stream %s: %s", source, error)
 
     def _binned_header(self, params: BinParams) -> dict[str, Any]:
-        slow, fast = self._header.shape
+        slow, fast = self._header.image_shape
         assert self._header.detector is not None
         return {
             "shape": (slow // params.factor, fast // params.factor),
             "dtype": "uint32",
             "codec": "bslz4",
+            "parts": 1,
             "detector": binned_header(self._header.detector, params.factor),
         }
 
     def _send_results(self, result: ChunkResult) -> None:
         if "results" in self._streams:
             rows = [plain_row(row) for row in result.frames.to_pylist()]
-            self._streams["results"].send([(row.pop("frame_index"), None, row) for row in rows])
+            self._streams["results"].send([Row(row.pop("frame_index"), None, row) for row in rows])
         binned = result.table("binned")
         if "binned" in self._streams and binned is not None:
             pairs = zip(binned["frame_index"].to_pylist(), binned["blob"].to_pylist(), strict=True)
-            self._streams["binned"].send([(index, blob, {}) for index, blob in pairs])
+            self._streams["binned"].send([Row(index, blob, {}) for index, blob in pairs])
 
     def _send_hits(self, job: ChunkJob, result: ChunkResult) -> None:
         self._open_hits()
@@ -115,7 +111,10 @@ class DerivedStreams:
         hits = set(result.frames.filter(result.frames["hit"])["frame_index"].to_pylist())
         if hits:
             frames = [frame for frame in job.frames() if frame.frame_index in hits]
-            self._streams["hits"].send([(frame.frame_index, frame.blob, frame.meta) for frame in frames])
+            parts = [raw for frame in frames for raw in frame.raw_parts]
+            self._streams["hits"].send(
+                [Row(raw.info.frame_index, memoryview(raw.blob), raw.info.meta, raw.info.part) for raw in parts]
+            )
 
 
 def plain_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
     if cell is None:
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
     assert header.detector is not None
-    shape = (header.shape[0], header.shape[1])
+    shape = (header.image_shape[0], header.image_shape[1])
     found = refine_detector(_crystals(processing, cell, geometry), header.detector, shape, cell)
     residual = found.largest_residual
     return DetectorFindings(
@@ -138,7 +138,7 @@ def write_geometry(processing: Processing, findings: DetectorFindings, found: De
         text = geometry_file(header.model_copy(update={"detector": detector}), bad=bad)
         replace(path, text.encode())
     else:
-        write_file(path, Geometry.from_header(detector, (header.shape[0], header.shape[1])), bad)
+        write_file(path, Geometry.from_header(detector, (header.image_shape[0], header.image_shape[1])), bad)
 
 
 def refined_values(recipe: Recipe, found: DetectorRefinement) -> dict[str, float | DetectorGeometry]:

@@ -153,7 +153,7 @@ class _GeometryFiles:
         for frame in frames:
             is_wanted = self._recipe.export.nexus == "all" or hits.get(frame.frame_index, False)
             if self._nexus is not None and is_wanted:
-                row = self._nexus.append(frame.frame_index, frame.blob, frame.times.utc)
+                row = self._nexus.append_parts(frame.frame_index, _blobs_of(frame), frame.times.utc)
                 self._rows[frame.frame_index] = row
         if self._stream is not None:
             self._write_stream(frames, result, hits)
@@ -269,7 +269,7 @@ def export_stream(
         n_written = 0
         for frame in stream[: status.watermark]:
             if wanted is None or frame.frame_index in wanted:
-                writer.append(frame.frame_index, frame.blob, frame.times.utc)
+                writer.append_parts(frame.frame_index, _blobs_of(frame), frame.times.utc)
                 n_written += 1
             progress(frame.frame_index + 1, status.watermark)
         if chosen is not None:
@@ -296,6 +296,11 @@ def _write_history(writer: NxmxWriter, processing: Processing) -> None:
     for chunk in processing.chunks():
         history.add(chunk)
     history.write(writer, manifest.recipe, manifest.recipe_digest)
+
+
+def _blobs_of(frame: Frame) -> dict[int, Any]:
+    """The compressed bytes of each part that came, by its number."""
+    return {raw.info.part: raw.blob for raw in frame.raw_parts}
 
 
 def _hits(result: ChunkResult) -> dict[int, bool]:

@@ -205,7 +205,7 @@ def _stills_of_processing(
     """The first hits of a processing, how many frames it had looked at, and the detector as its recipe has it."""
     header = analysis_header(stream, load_recipe(processing.manifest.recipe))
     assert header.detector is not None
-    geometry = Geometry.from_header(header.detector, (header.shape[0], header.shape[1]))
+    geometry = Geometry.from_header(header.detector, (header.image_shape[0], header.image_shape[1]))
     frames = processing.frames.sort_by("frame_index")
     is_hit = frames["hit"].fill_null(False).to_numpy().astype(bool)
     hits = frames["frame_index"].to_numpy()[is_hit][:n_hits]
@@ -227,10 +227,10 @@ def _searched_stills(
     geometry, header = stream.geometry, stream.header
     saturation = header.detector.saturation_value if header.detector else None
     params = PeakParams(saturation=float(saturation) if saturation is not None else None)
-    finder = PeakFinder(geometry, usable_mask(stream.pixel_mask, header.shape, None), params)
+    finder = PeakFinder(geometry, usable_mask(stream.pixel_mask, header.image_shape, None), params)
 
     def search(frame: Any) -> StillSpots:
-        found = finder(frame.data)
+        found = finder(frame.image)
         return _spots(frame.frame_index, geometry, _as_table(found))
 
     stills: list[StillSpots] = []

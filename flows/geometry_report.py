@@ -95,10 +95,10 @@ def detector_in(
         stream, known = header_of(processing), load_recipe(dict(processing.manifest.recipe)).geometry
     else:
         stream, known = open_run(source, service=service, root=root).detector.header, None
-    if stream.detector is None or len(stream.shape) != 2:
+    if stream.detector is None or len(stream.image_shape) != 2:
         raise BadGeometry(f"{source} has frames of shape {stream.shape} and no detector that places their pixels")
     bad, notes = (known.bad, known.notes) if known else ((), ())
-    shape = (stream.shape[0], stream.shape[1])
+    shape = (stream.image_shape[0], stream.image_shape[1])
     return PlacedDetector(source, _overridden(stream.detector, given), shape, bad, notes)
 
 

@@ -139,7 +139,7 @@ class _Watch:
     def snapshot(self, recipe: Recipe, header: StreamHeader, number: int) -> GeometrySnapshot | None:
         """Look: the geometry as it should be, if it certainly differs from the recipe's."""
         assert header.detector is not None
-        shape = (header.shape[0], header.shape[1])
+        shape = (header.image_shape[0], header.image_shape[1])
         try:
             found = refine_detector(self._crystals, header.detector, shape, self._cell)
         except BadRecipe as error:  # crystals, but too few with spots enough

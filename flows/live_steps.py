@@ -20,7 +20,7 @@ from storage.errors import BadRecipe, GroupNeedsService, IndexConflict, StreamNo
 from storage.models import StreamHeader
 from storage.names import check_name
 from storage.step_store import Tables, join_frames
-from streaming.derived import DerivedStream, open_derived
+from streaming.derived import DerivedStream, Row, open_derived
 from streaming.retrieval import Frame, Run, Stream
 from tasks.chunk_frames import ChunkFrames
 from tasks.chunk_job import analysis_header, analysis_mask
@@ -122,7 +122,9 @@ class _Live:
         return row | dict((self._decide(frame, row) if self._decide else None) or {})
 
     def _chunk_of(self, frame: Frame) -> ChunkFrames:
-        return ChunkFrames([frame.raw], self._header, self._mask, frame.info.digest.hex(), n_threads=1)
+        first, *more = frame.raw_parts
+        digest = frame.info.digest.hex()
+        return ChunkFrames([first], self._header, self._mask, digest, more_parts=[more], n_threads=1)
 
     def _recall(self, results: Stream) -> None:
         """Have the decider see again what it has decided on."""
@@ -171,6 +173,6 @@ def _prepared(spec: StepSpec) -> tuple[Any, Any]:
 
 def _send(derived: DerivedStream, frame_index: int, row: dict[str, Any]) -> None:
     try:
-        derived.send([(frame_index, None, row)])
+        derived.send([Row(frame_index, None, row)])
     except IndexConflict as error:
         log.warning("%s", error)

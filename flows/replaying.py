@@ -12,7 +12,7 @@ from flows.record_provenance import modules_of
 from storage.agents import environment_changes, read_environment
 from storage.errors import CorruptFrame, FrameMissing, NearlineError, RunNotFound
 from storage.frame import RawFrame, chunk_digest, has_digest
-from storage.masks import array_digest
+from storage.masks import array_digest, plane_of_frames
 from storage.models import DetectorHeader, Record, StreamHeader
 from storage.run_folder import RunFolder
 from storage.step_store import ChunkManifest, Processing, StepStore, Tables
@@ -98,7 +98,7 @@ class _Replay:
 
     def carry_out(self) -> Replay:
         frames = self._frames()
-        if self._recipe is None or self._asked.frame not in {f.info.frame_index for f in frames}:
+        if self._recipe is None or self._asked.frame not in {parts[0].info.frame_index for parts in frames}:
             return Replay(is_identical=False, differences=self._differences, notes=self._notes())
         with tempfile.TemporaryDirectory(prefix="nearline-replay-") as scratch:
             try:
@@ -164,27 +164,28 @@ class _Replay:
         if recipe.digest != recorded:
             self._differ("parameter", f"the recipe in {self._processing.folder / 'manifest.json'} has been changed")
 
-    def _frames(self) -> list[RawFrame]:
-        """The frames of the chunk whose bytes are those that were received; the others are named."""
-        good: list[RawFrame] = []
+    def _frames(self) -> list[list[RawFrame]]:
+        """The frames of the chunk, each its parts, whose bytes are those that were received; the others are named."""
+        good: list[list[RawFrame]] = []
         slots, parts = {}, self._source.header.parts
         for info in self._source.infos(self._chunk.start, self._chunk.stop):
             if not info.late:
                 slots[info.frame_index * parts + info.part] = info
         for index in sorted({info.frame_index for info in slots.values()}):
             try:
-                raw = self._source.read_one(index)
+                found = self._source.read_parts(index)
             except (CorruptFrame, OSError) as error:
                 self._differ("bytes", str(error))
                 continue
-            if not has_digest(raw.blob, raw.info.digest):
+            wrong = [raw for raw in found if not has_digest(raw.blob, raw.info.digest)]
+            for raw in wrong:
                 self._differ("bytes", f"frame {index}: its digest is not {raw.info.digest.hex()}, the one received")
-                continue
-            good.append(raw)
-        found = chunk_digest(slots)
-        if found != self._chunk.chunk_digest:
+            if not wrong:
+                good.append(found)
+        digest = chunk_digest(slots)
+        if digest != self._chunk.chunk_digest:
             was = self._chunk.chunk_digest
-            self._differ("bytes", f"chunk {self._chunk.chunk} has digest {found} by its frame table, was {was}")
+            self._differ("bytes", f"chunk {self._chunk.chunk} has digest {digest} by its frame table, was {was}")
         return good
 
     def _header(self) -> StreamHeader:
@@ -210,9 +211,10 @@ class _Replay:
         except NearlineError as error:
             self._differ("mask", str(error))
         assert self._recipe is not None
-        shape = self._source.header.shape
+        header = self._source.header
+        shape = header.image_shape
         user = self._recipe.mask_of(shape, user)
-        mask = usable_mask(self._source.plane("pixel_mask"), shape, user)
+        mask = usable_mask(plane_of_frames(self._source.plane("pixel_mask"), header), shape, user)
         if array_digest(mask) != self._asked.mask:
             which = f"the detector's, or the recipe's {path}" if path else "the detector's pixel_mask"
             self._differ("mask", f"the mask ({which}) has digest {array_digest(mask)}, was {self._asked.mask}")

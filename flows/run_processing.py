@@ -302,7 +302,7 @@ class _Work:
             path = self._processing.folder / "pictures" / f"frame-{index:06d}.png"
             draw_frame(
                 path,
-                by_index[index].data,
+                by_index[index].image,
                 self._mask,
                 self._geometries.header(job.geometry),
                 f"{self._run.name} frame {index}: {', '.join(words)}",

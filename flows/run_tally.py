@@ -294,7 +294,7 @@ def geometry_of(processing: Processing, geometry: int | None = None) -> Geometry
     BadFrame : distance or wavelength is unknown.
     """
     header = header_of(processing, geometry)
-    slow, fast = header.shape
+    slow, fast = header.image_shape
     return Geometry.from_header(header.detector or DetectorHeader(), (slow, fast))
 
 

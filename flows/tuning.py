@@ -94,7 +94,7 @@ def tune(
     stream = run[data_source] if data_source else run.detector
     header = analysis_header(stream, loaded)
     assert header.detector is not None
-    shape = (header.shape[0], header.shape[1])
+    shape = (header.image_shape[0], header.image_shape[1])
     geometry, mask = Geometry.from_header(header.detector, shape), analysis_mask(stream, loaded)
     before = _params(loaded, header.detector.saturation_value)
     survey = PixelSurvey(geometry, mask, before)
@@ -157,7 +157,7 @@ def _spread(stream: Stream, n: int) -> list[int]:
 
 def _frames(stream: Stream, indices: list[int]) -> Iterator[np.ndarray]:
     for frame in stream.frames_at(np.array(indices, np.int64)):
-        yield frame.data
+        yield frame.image
 
 
 def _counts(

@@ -583,12 +583,12 @@ def _read_shift(text: str) -> tuple[float, float]:
 
 
 def _geometry(header: StreamHeader) -> Geometry:
-    if len(header.shape) != 2 or header.detector is None:
+    if len(header.image_shape) != 2 or header.detector is None:
         raise BadFrame(
-            f"{header.data_source} has shape {header.shape} and "
+            f"{header.data_source} has shape {header.image_shape} and "
             f"{'no' if header.detector is None else 'a'} detector header; CrystFEL takes 2-D frames of a known detector"
         )
-    slow, fast = header.shape
+    slow, fast = header.image_shape
     return Geometry.from_header(header.detector, (slow, fast))
 
 

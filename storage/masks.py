@@ -13,21 +13,26 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from storage.errors import ShapeMismatch
 from storage.files import storage_options
+from storage.models import StreamHeader
 
-__all__ = ["PLANES", "array_digest", "read_plane", "write_plane"]
+__all__ = ["PLANES", "array_digest", "plane_of_frames", "read_plane", "write_plane"]
 
 PLANES = ("pixel_mask", "flatfield")
 
 
-def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Keep one (slow, fast) plane, such as ``pixel_mask``, in a stream's Zarr group.
+def write_plane(group: Path, name: str, plane: np.ndarray, header: StreamHeader) -> None:
+    """Keep one plane, such as ``pixel_mask``, in a stream's Zarr group.
+
+    plane : (slow, fast) of a frame, or of one part of it, for which it holds in all frames' parts alike.
 
     Raises
     ------
     ShapeMismatch : the plane does not cover the stream's frames.
     """
-    if plane.shape != tuple(shape):
-        raise ShapeMismatch(f"{name} has shape {plane.shape}, but the frames have {tuple(shape)}; send one that fits")
+    if plane.shape not in (header.shape, header.image_shape):
+        raise ShapeMismatch(
+            f"{name} has shape {plane.shape}, but the frames have {header.image_shape}; send one that fits"
+        )
     zarr.create_array(
         store=str(group / name),
         data=np.ascontiguousarray(plane),
@@ -36,6 +41,13 @@ def write_plane(group: Path, name: str, plane: np.ndarray, shape: tuple[int, ...
         compressors=[ZstdCodec(), Crc32cCodec()],
         overwrite=True,
     )
+
+
+def plane_of_frames(plane: np.ndarray | None, header: StreamHeader) -> np.ndarray | None:
+    """A plane for whole frames, (slow, fast), also where it was given for one part of them."""
+    if plane is None or plane.shape == header.image_shape:
+        return plane
+    return np.concatenate([plane] * header.parts)
 
 
 def read_plane(group: Path, name: str) -> np.ndarray | None:

@@ -189,6 +189,14 @@ class StreamHeader(Record):
         return (self.parts, *self.shape) if self.parts > 1 else self.shape
 
     @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one frame as analysis and exported files see it: its parts one below the other, as one array."""
+        if self.parts == 1:
+            return self.shape
+        slow, *rest = self.shape or (1,)
+        return (self.parts * slow, *rest)
+
+    @property
     def is_online(self) -> bool:
         """Whether its frames are in memory only."""
         return self.persistence == "online"

@@ -197,13 +197,22 @@ class NxmxWriter:
         IndexConflict : the index was appended before.
         StorageFull : the disk refused the bytes.
         """
+        return self.append_parts(frame_index, {0: blob}, utc)
+
+    def append_parts(self, frame_index: int, blobs: Mapping[int, Buffer], utc: datetime | None = None) -> int:
+        """As `append`, a frame of a detector in parts: those that came, by number; the others read as masked.
+
+        They stand one below the other in the row, each an HDF5 chunk of its own.
+        """
         row = self._row_of(frame_index)
-        try:
-            check_blob(blob, self.header.codec, self.header.shape, self.header.dtype)
-        except BadFrame as error:
-            raise BadFrame(f"frame {frame_index} of {self.header.data_source}: {error}") from error
+        for blob in blobs.values():
+            try:
+                check_blob(blob, self.header.codec, self.header.shape, self.header.dtype)
+            except BadFrame as error:
+                raise BadFrame(f"frame {frame_index} of {self.header.data_source}: {error}") from error
         with _disk(self.path):
-            self._frames.write(row, blob)
+            for part, blob in blobs.items():
+                self._frames.write(row, part, blob)
         self._rows[frame_index] = row
         if utc is not None:
             self._utc[row] = _as_utc(utc)
@@ -370,7 +379,7 @@ class NxmxWriter:
 class _Frames(Protocol):
     """Where the rows go: one file, or a series of data files."""
 
-    def write(self, row: int, blob: Buffer) -> None: ...
+    def write(self, row: int, part: int, blob: Buffer) -> None: ...
 
     def finish(self, frames: np.ndarray) -> None:
         """All rows are known: trim, and make ``/entry/data/data`` whole."""
@@ -382,7 +391,7 @@ class _Frames(Protocol):
 
 
 class _FrameArray:
-    """A growing (frame, slow, fast) dataset whose chunks are the detector's blobs."""
+    """A growing (frame, slow, fast) dataset whose chunks are the detector's blobs, one for each part of a frame."""
 
     def __init__(self, dataset: h5py.Dataset) -> None:
         self.dataset = dataset
@@ -395,18 +404,18 @@ class _FrameArray:
                 "data",
                 shape=(0, slow, fast),
                 maxshape=(None, slow, fast),
-                chunks=(1, slow, fast),
+                chunks=(1, slow // header.parts, fast),
                 dtype=np.dtype(header.dtype).newbyteorder("<"),
                 fillvalue=header.fill_value,
                 **_filter(header.codec),
             )
         )
 
-    def write(self, row: int, blob: Buffer) -> None:
+    def write(self, row: int, part: int, blob: Buffer) -> None:
         if row >= len(self.dataset):
             # Doubling: a resize per frame would rewrite the dataspace message each time.
             self.dataset.resize(max(row + 1, 2 * len(self.dataset)), axis=0)
-        self.dataset.id.write_direct_chunk((row, 0, 0), _contiguous(blob))
+        self.dataset.id.write_direct_chunk((row, part * self.dataset.chunks[1], 0), _contiguous(blob))
 
     def trim(self, n_rows: int) -> None:
         self.dataset.resize(n_rows, axis=0)
@@ -445,9 +454,9 @@ class _FileSeries:
         self._open: h5py.File | None = None
         self._array: _FrameArray | None = None
 
-    def write(self, row: int, blob: Buffer) -> None:
+    def write(self, row: int, part: int, blob: Buffer) -> None:
         k, inner = divmod(row, self._per_file)
-        self._array_of(k).write(inner, blob)
+        self._array_of(k).write(inner, part, blob)
 
     def finish(self, frames: np.ndarray) -> None:
         slow, fast = _image_shape(self._header)
@@ -787,9 +796,9 @@ def _contiguous(blob: Buffer) -> Any:
 
 
 def _require_image(header: StreamHeader) -> DetectorHeader:
-    if len(header.shape) != 2 or header.dtype not in _EXPORTED_DTYPES:
+    if len(header.image_shape) != 2 or header.dtype not in _EXPORTED_DTYPES:
         raise BadFrame(
-            f"{header.data_source} has frames of shape {header.shape} and dtype {header.dtype!r}; NXmx export "
+            f"{header.data_source} has frames of shape {header.image_shape} and dtype {header.dtype!r}; NXmx export "
             f"takes 2-D frames of {', '.join(_EXPORTED_DTYPES)}; read other streams from the Zarr store"
         )
     if header.detector is None:
@@ -801,15 +810,15 @@ def _require_image(header: StreamHeader) -> DetectorHeader:
 
 
 def _image_shape(header: StreamHeader) -> tuple[int, int]:
-    slow, fast = header.shape
+    slow, fast = header.image_shape
     return slow, fast
 
 
 def _as_frame(array: np.ndarray, header: StreamHeader, name: str, dtype: type[np.generic]) -> np.ndarray:
     array = np.asarray(array)
-    if array.shape != header.shape:
+    if array.shape != header.image_shape:
         raise ShapeMismatch(
-            f"{name} has shape {array.shape}, but frames of {header.data_source} have {header.shape}; "
+            f"{name} has shape {array.shape}, but frames of {header.data_source} have {header.image_shape}; "
             "give the array of this detector and binning, axes (slow, fast)"
         )
     return np.ascontiguousarray(array, dtype)

@@ -102,7 +102,7 @@ class StreamStore:
         store._make_folders()
         for name, plane in (("pixel_mask", pixel_mask), ("flatfield", flatfield)):
             if plane is not None:
-                write_plane(store.paths.zarr, name, plane, header.shape)
+                write_plane(store.paths.zarr, name, plane, header)
         return store
 
     @classmethod

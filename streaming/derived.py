@@ -3,7 +3,7 @@ the run, or straight into the folder of a run that no service has.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from storage.codec import Buffer
 from storage.errors import StreamNotOpen
@@ -15,15 +15,24 @@ from storage.stream_store import Admission, StreamStore
 from streaming.producer import Producer
 from streaming.retrieval import Run
 
-__all__ = ["DerivedStream", "open_derived"]
+__all__ = ["DerivedStream", "Row", "open_derived"]
 
-Row = tuple[int, Buffer | None, dict[str, Any]]
+
+class Row(NamedTuple):
+    """One frame of a derived stream, or one part of it: its bytes (None in a table) and metadata."""
+
+    frame_index: int
+    blob: Buffer | None
+    meta: dict[str, Any]
+    part: int = 0
+
+
 # Few large frames or many small rows.
 _ROWS_A_MESSAGE, _BYTES_A_MESSAGE = 500, 32 << 20
 
 
 class DerivedStream(Protocol):
-    """Takes rows of (frame_index, bytes or None, metadata); the parent's index, sparse."""
+    """Takes rows; the parent's index, sparse."""
 
     def send(self, rows: list[Row]) -> None:
         """Store rows; they are on disk when this returns. Rows sent before are left as they are."""
@@ -79,7 +88,7 @@ def _messages(rows: list[Row]) -> Iterator[list[Row]]:
     message: list[Row] = []
     n_bytes = 0
     for row in rows:
-        size = 0 if row[1] is None else memoryview(row[1]).nbytes
+        size = 0 if row.blob is None else memoryview(row.blob).nbytes
         if message and (len(message) == _ROWS_A_MESSAGE or n_bytes + size > _BYTES_A_MESSAGE):
             yield message
             message, n_bytes = [], 0
@@ -97,9 +106,11 @@ class _IntoFolder:
         self._store = StreamStore.recover(folder, header.data_source) if exists else StreamStore.create(folder, header)
 
     def send(self, rows: list[Row]) -> None:
-        for index, blob, meta in rows:
+        for index, blob, meta, part in rows:
             blob = b"" if blob is None else blob
-            info = FrameInfo(frame_index=index, size_bytes=memoryview(blob).nbytes, meta_json=pack_meta(meta))
+            info = FrameInfo(
+                frame_index=index, size_bytes=memoryview(blob).nbytes, meta_json=pack_meta(meta), part=part
+            )
             info.crc32c, info.digest = blob_crc32c(blob), blob_digest(blob)
             admission = self._store.admit(info)
             if admission is Admission.new:

@@ -104,7 +104,7 @@ class OnlineStore:
             folder.add_stream(header)
             for name, plane in (("pixel_mask", pixel_mask), ("flatfield", flatfield)):
                 if plane is not None:
-                    write_plane(store.paths.zarr, name, plane, header.shape)
+                    write_plane(store.paths.zarr, name, plane, header)
         except BaseException:
             store.close()
             raise

@@ -185,6 +185,9 @@ class RunProducer:
 
         Another producer may have begun it, with the same header; the stream then ends when both have
         finished.
+
+        pixel_mask : (slow, fast) uint32, nonzero where a pixel must not be used; of frames in parts with the parts one
+            below the other, or of one part, if it holds for all.
         """
         if self._producer.persistence == "online":
             header = header.model_copy(update={"persistence": "online"})
@@ -221,9 +224,9 @@ class RunProducer:
             return self.put(frame, meta=meta, frame_index=frame_index, part=part).result()
         return self._deliver([self._sending(frame, meta or {}, frame_index, part)])[0]
 
-    def send_many(self, frames: Sequence[tuple[int | None, Any, dict[str, Any]]]) -> list[int]:
-        """Send (frame_index or None, frame, meta) in one message and wait; their indices."""
-        return self._deliver([self._sending(frame, meta, index, 0) for index, frame, meta in frames])
+    def send_many(self, frames: Sequence[tuple[Any, ...]]) -> list[int]:
+        """Send (frame_index or None, frame, meta), or those and a part, in one message and wait; their indices."""
+        return self._deliver([self._sending(frame, meta, index, *part) for index, frame, meta, *part in frames])
 
     def put(
         self,
@@ -308,7 +311,7 @@ class RunProducer:
         frame: Any,
         meta: dict[str, Any],
         frame_index: int | None,
-        part: int,
+        part: int = 0,
         workers: ThreadPoolExecutor | None = None,
     ) -> _Sending:
         frame = _as_array(frame)

@@ -32,6 +32,7 @@ from storage.files import is_local, to_path
 from storage.frame import FrameInfo, RawFrame
 from storage.frame_columns import PREFIXES
 from storage.geometry import Geometry
+from storage.masks import plane_of_frames
 from storage.models import RunHeader, RunState, StreamHeader
 from storage.names import parse_run_key, run_key
 from storage.run_folder import ChunkCommit, Event, RunFolder
@@ -145,6 +146,16 @@ class Frame:
         for raw in self._raws:
             decode_into(raw.blob, data[raw.info.part, ...], header.codec)
         return data
+
+    @property
+    def image(self) -> np.ndarray:
+        """The pixels as analysis sees them: `data`, with the parts of a frame one below the other in one array."""
+        return self.data.reshape(self._header.image_shape)
+
+    @property
+    def raw_parts(self) -> list[RawFrame]:
+        """Row and bytes of each part that came; one, unless the detector sends frames in parts."""
+        return self._raws
 
     @cached_property
     def parts(self) -> list[np.ndarray | None]:
@@ -492,15 +503,19 @@ class Stream:
 
     @cached_property
     def pixel_mask(self) -> np.ndarray | None:
-        """The detector's mask, (slow, fast) uint32, nonzero where a pixel must not be used; None if it sent none."""
-        return self.source.plane("pixel_mask")
+        """The detector's mask, (slow, fast) uint32, nonzero where a pixel must not be used; None if it sent none.
+
+        Of frames in parts it has the shape of `Frame.image`.
+        """
+        return plane_of_frames(self.source.plane("pixel_mask"), self.header)
 
     @property
     def geometry(self) -> Geometry:
         """Where the pixels are; BadFrame if the detector never told distance or wavelength."""
-        if self.header.detector is None or len(self.header.shape) != 2:
+        shape = self.header.image_shape
+        if self.header.detector is None or len(shape) != 2:
             raise StreamNotFound(f"{self.name} is not a detector's stream and has no geometry")
-        return Geometry.from_header(self.header.detector, (self.header.shape[0], self.header.shape[1]))
+        return Geometry.from_header(self.header.detector, (shape[0], shape[1]))
 
     def __repr__(self) -> str:
         h = self.header

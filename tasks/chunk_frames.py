@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from storage.codec import decode, decode_into
+from storage.codec import decode_into
 from storage.errors import ShapeMismatch
 from storage.frame import RawFrame
 from storage.geometry import Geometry
@@ -29,10 +29,13 @@ _of_thread = threading.local()
 class ChunkFrames:
     """Frames of one chunk for a step, ours or a user's.
 
-    frames : what was received, in index order; missing frames are simply not there.
+    frames : what was received, in index order; missing frames are simply not there. Of a detector in parts the first
+        part of each frame that came, and the others in ``more_parts``.
     header : of the stream.
     detector_mask : (slow, fast) uint8 of frames as the detector took them, nonzero = do not use.
     digest : of the chunk, over its bytes and metadata.
+    more_parts : of a detector in parts, for each frame the parts that came beside the first. Steps see a frame's parts
+        one below the other in one array, pixels of a part that never came at the dtype's maximum.
     binning : pixels summed per side before a step sees a frame; 1 for none.
     columns : per-frame columns of the steps before, each (n,).
     """
@@ -43,6 +46,7 @@ class ChunkFrames:
     digest: str
     binning: int = 1
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    more_parts: Sequence[Sequence[RawFrame]] = ()
     n_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def __len__(self) -> int:
@@ -84,12 +88,14 @@ class ChunkFrames:
     @property
     def saturation_value(self) -> int | None:
         """Largest trustworthy count of an unbinned pixel."""
-        return self.detector.saturation_value
+        known = self.detector.saturation_value
+        if known is None and self.header.parts > 1:
+            return int(self.header.fill_value) - 1  # a part that never came is filled with what is above
+        return known
 
     def unbinned(self, position: int) -> np.ndarray:
         """The frame at a position in the chunk as the detector took it, (slow, fast)."""
-        header = self.header
-        return decode(self.frames[position].blob, header.shape, header.dtype, header.codec)
+        return self._decoded(position, np.empty(self.header.image_shape, self.header.dtype))
 
     def data(self, position: int) -> np.ndarray:
         """The frame at a position in the chunk as steps see it; unusable pixels hold the dtype's maximum."""
@@ -109,9 +115,23 @@ class ChunkFrames:
         raw, header = self.frames[position], self.header
         if getattr(_of_thread, "decoded", None) is not raw:
             _of_thread.decoded = None  # in case it does not decode
-            decode_into(raw.blob, _memory_of_thread(header.shape, header.dtype), header.codec)
+            self._decoded(position, _memory_of_thread(header.image_shape, header.dtype))
             _of_thread.decoded = raw
-        return _memory_of_thread(header.shape, header.dtype)
+        return _memory_of_thread(header.image_shape, header.dtype)
+
+    def _decoded(self, position: int, frame: np.ndarray) -> np.ndarray:
+        """Fill a frame, (slow, fast), with the parts that came."""
+        header, parts = self.header, [self.frames[position]]
+        if header.parts == 1:
+            decode_into(parts[0].blob, frame, header.codec)
+            return frame
+        parts += self.more_parts[position]
+        if len(parts) < header.parts:
+            frame.fill(header.fill_value)
+        by_part = frame.reshape(header.array_shape)
+        for raw in parts:
+            decode_into(raw.blob, by_part[raw.info.part, ...], header.codec)
+        return frame
 
     @cached_property
     def _binner(self) -> Binner:

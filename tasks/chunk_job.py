@@ -103,8 +103,8 @@ class ChunkJob:
                 _frames.popitem(last=False)
         return found
 
-    def _raw_frames(self) -> list[RawFrame]:
-        return [frame.raw for frame in self.frames()]
+    def _raw_frames(self) -> list[list[RawFrame]]:
+        return [frame.raw_parts for frame in self.frames()]
 
     def _process(self, names: set[str] | None, seconds: Mapping[str, float]) -> ChunkResult:
         header, mask = self._view()
@@ -133,7 +133,7 @@ def analysis_header(stream: Stream, recipe: Recipe) -> StreamHeader:
 
 def analysis_mask(stream: Stream, recipe: Recipe) -> np.ndarray:
     """(slow, fast) uint8, nonzero = do not use: the detector's bad pixels and the recipe's."""
-    shape = stream.header.shape
+    shape = stream.header.image_shape
     user_mask = recipe.mask_of(shape, read_mask(Path(recipe.mask)) if recipe.mask else None)
     return usable_mask(stream.pixel_mask, shape, user_mask)
 

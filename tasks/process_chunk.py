@@ -9,7 +9,7 @@ that exists is used again, and a resumed or repeated processing computes only wh
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def plan_steps(recipe: Recipe, commit: ChunkCommit, header: StreamHeader, mask: 
     base = {
         "chunk": commit.digest,
         "detector": header.detector.model_dump(mode="json") if header.detector else None,
-        "frames": [header.dtype, *header.shape],
+        "frames": [header.dtype, *header.image_shape],
         "mask": array_digest(mask),
     }
     plan: list[PlannedStep] = []
@@ -90,7 +90,7 @@ def plan_steps(recipe: Recipe, commit: ChunkCommit, header: StreamHeader, mask: 
 def process_chunk(
     recipe: Recipe,
     commit: ChunkCommit,
-    frames: Callable[[], list[RawFrame]],
+    frames: Callable[[], Sequence[Sequence[RawFrame]]],
     header: StreamHeader,
     mask: np.ndarray,
     run_folder: Path,
@@ -105,7 +105,8 @@ def process_chunk(
     Parameters
     ----------
     commit : of the chunk; its digest identifies the frames.
-    frames : gives those of the chunk, in index order; called only if a step has to be computed.
+    frames : gives the parts that came of each frame of the chunk, in index order, one part of an undivided frame;
+        called only if a step has to be computed.
     header : of the stream, with the recipe's detector values in place.
     mask : (slow, fast), nonzero = do not use.
     run_folder : where ``steps/`` is.
@@ -224,9 +225,10 @@ def _identity(step: Step, spec: StepSpec, recipe: Recipe) -> dict[str, Any]:
 
 
 def _chunk(
-    frames: list[RawFrame], header: StreamHeader, mask: np.ndarray, commit: ChunkCommit, n_threads: int
+    frames: Sequence[Sequence[RawFrame]], header: StreamHeader, mask: np.ndarray, commit: ChunkCommit, n_threads: int
 ) -> ChunkFrames:
-    return ChunkFrames(frames, header, mask, commit.digest, n_threads=n_threads)
+    first, more = [parts[0] for parts in frames], [parts[1:] for parts in frames]
+    return ChunkFrames(first, header, mask, commit.digest, more_parts=more, n_threads=n_threads)
 
 
 def _as_seen(chunk: ChunkFrames, binning: int, before: Mapping[str, Tables]) -> ChunkFrames:
@@ -236,9 +238,7 @@ def _as_seen(chunk: ChunkFrames, binning: int, before: Mapping[str, Tables]) -> 
         frames = tables.get("frames")
         if frames is not None:
             columns |= {n: frames[n].to_numpy(zero_copy_only=False) for n in frames.column_names if n != "frame_index"}
-    return ChunkFrames(
-        chunk.frames, chunk.header, chunk.detector_mask, chunk.digest, binning, columns, n_threads=chunk.n_threads
-    )
+    return replace(chunk, binning=binning, columns=columns)
 
 
 def _manifest(

@@ -22,14 +22,14 @@ __all__ = ["example_pictures", "mask_of"]
 
 def mask_of(part: RunPart) -> np.ndarray | None:
     """(slow, fast), nonzero where a pixel is not used; None where frames are no images."""
-    if len(part.header.shape) != 2:
+    if len(part.header.image_shape) != 2:
         return None
     path = part.manifest.recipe.get("mask")
     try:
         own = read_mask(Path(path)) if path else None
     except BadRecipe:  # the file has gone since: the detector's own mask is still there
         own = None
-    return usable_mask(part.run[part.header.data_source].pixel_mask, part.header.shape, own)
+    return usable_mask(part.run[part.header.data_source].pixel_mask, part.header.image_shape, own)
 
 
 def example_pictures(found: Gathered, mask: np.ndarray | None) -> list[Picture]:
@@ -42,7 +42,7 @@ def example_pictures(found: Gathered, mask: np.ndarray | None) -> list[Picture]:
     made = []
     for name, words, example in _chosen(found):
         part = found.parts[example.part]
-        if part.header.shape != mask.shape or part.header.parts > 1:
+        if part.header.image_shape != mask.shape:
             continue
         try:
             figure = _draw(part, example.frame_index, mask, f"{part.run.name} frame {example.frame_index}")
@@ -77,7 +77,7 @@ def _peaks(n: float) -> str:
 
 
 def _draw(part: RunPart, index: int, mask: np.ndarray, title: str) -> Figure:
-    frame = part.run[part.header.data_source][index].data
+    frame = part.run[part.header.data_source][index].image
     chunk = part.processing.chunk(index // part.header.frames_per_chunk)
     assert chunk is not None
     store = StepStore(part.processing.run)

@@ -189,7 +189,7 @@ def _part(run: Run, processing: Processing, found: Gathered, d_min: float | None
         manifest=manifest,
         header=stream.header,
         detector=detector,
-        geometry=_geometry(detector, stream.header.shape),
+        geometry=_geometry(detector, stream.header.image_shape),
         ledger=stream.ledger(),
         offset=found.parts[-1].stop if found.parts else 0,
         n_sealed=len(RunFolder.open(processing.run).stream(manifest.data_source).commits()),
@@ -290,7 +290,7 @@ def _take_columns(found: Gathered, part: RunPart, chunk: ChunkManifest, store: S
 
 def _take_peaks(found: Gathered, part: RunPart, peaks: pa.Table) -> None:
     found.has_peaks = True
-    shape = part.header.shape
+    shape = part.header.image_shape
     if len(shape) != 2:
         return
     if found.map is None:

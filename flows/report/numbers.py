@@ -238,7 +238,7 @@ def _notes(found: Gathered) -> list[str]:
         notes.append("no merging statistics: there are no integrated reflections")
     if found.map is None and found.has_peaks:
         notes.append("no map of peaks: the frames are not images")
-    others = sum(part.header.shape != found.parts[0].header.shape for part in found.parts)
+    others = sum(part.header.image_shape != found.parts[0].header.image_shape for part in found.parts)
     if others:
         notes.append(f"the map of peaks is of the first detector: {others} runs have frames of another shape")
     if not found.crystals.is_whole:

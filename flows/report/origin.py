@@ -62,7 +62,7 @@ def _recipe(part: RunPart) -> dict[str, Any]:
 
 
 def _detector_rows(part: RunPart) -> Iterator[tuple[str, str]]:
-    d, shape = part.detector, part.header.shape
+    d, shape = part.detector, part.header.image_shape
     yield (
         "data source",
         f"{part.header.data_source}, frames of {' × '.join(map(str, shape)) or '1'} {part.header.dtype}",

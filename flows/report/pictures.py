@@ -203,7 +203,7 @@ def _draw_rings(axes: Any, found: Gathered) -> None:
     part = found.parts[0]
     if part.geometry is None:
         return
-    slow, fast = part.header.shape
+    slow, fast = part.header.image_shape
     x, y = np.linspace(0, fast, 200), np.linspace(0, slow, 200)
     q = np.linalg.norm(part.geometry.scattering_vector(*np.meshgrid(x, y)), axis=-1)
     inside = [d for d in _RINGS if q.min() < 1 / d < q.max()]

@@ -142,6 +142,7 @@ def _mask_of(parts: list[Any], header: StreamHeader) -> Any:
     if not parts:
         return None
     raw = np.frombuffer(parts[0].buffer, np.uint8)
-    if raw.size != 4 * int(np.prod(header.shape, dtype=np.int64)):
-        raise ProtocolError(f"pixel mask of {raw.size} bytes does not cover frames of shape {header.shape} as uint32")
-    return raw.view("<u4").reshape(header.shape)
+    for shape in (header.shape, header.image_shape):
+        if raw.size == 4 * int(np.prod(shape, dtype=np.int64)):
+            return raw.view("<u4").reshape(shape)
+    raise ProtocolError(f"pixel mask of {raw.size} bytes does not cover frames of shape {header.image_shape} as uint32")

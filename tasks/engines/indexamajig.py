@@ -126,7 +126,7 @@ def write_job(folder: Path, job: EngineJob) -> None:
         columns["intensity"][row, : len(spots)] = spots.intensity
     with h5py.File(folder / _FRAMES, "w") as file:
         # Frames without a pixel written, so that whoever asks for their number and shape is told.
-        slow, fast = job.header.shape
+        slow, fast = job.header.image_shape
         file.create_dataset(_DATA, (n, slow, fast), np.uint16, chunks=(1, slow, fast))
         peaks = file.create_group(_PEAKS)
         peaks["nPeaks"] = np.array([len(spots) for spots in job.frames], np.int32)

@@ -9,7 +9,7 @@ from storage.run_folder import ChunkCommit
 from storage.states import FrameState
 from storage.step_store import Processing
 from storage.verify import verify_run
-from streaming.derived import _messages
+from streaming.derived import Row, _messages
 from streaming.retrieval import Run, open_run
 from streaming.service import Service, ServiceSettings, SourceSettings
 from tasks.recipe import Recipe, load_recipe
@@ -97,7 +97,7 @@ def test_recipes_without_such_a_stream_keep_their_digest():
 
 
 def test_messages_are_bounded_in_rows_and_bytes():
-    rows = [(i, bytes(20 << 20) if i < 3 else None, {}) for i in range(1203)]
+    rows = [Row(i, bytes(20 << 20) if i < 3 else None, {}) for i in range(1203)]
     messages = list(_messages(rows))
     assert [row for message in messages for row in message] == rows
     assert [len(message) for message in messages] == [1, 1, 500, 500, 201]

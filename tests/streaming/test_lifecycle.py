@@ -142,7 +142,7 @@ def test_paths_with_typing_errors_are_called_paths(tmp_path):
 
 def test_results_of_an_ended_run_go_on_after_a_restart(tmp_path):
     """The run ended before the service died: only the derived stream is unfinished, and is taken up again."""
-    from streaming.derived import open_derived
+    from streaming.derived import Row, open_derived
 
     bind = f"tcp://127.0.0.1:{free_port()}"
     results = StreamHeader(
@@ -154,10 +154,10 @@ def test_results_of_an_ended_run_go_on_after_a_restart(tmp_path):
             for index in range(6):
                 out.send(pixels(index))
         derived = open_derived(open_run(f"{bind}/lyso/1"), results)
-        derived.send([(0, None, {"n_peaks": 3}), (1, None, {"n_peaks": 4})])
+        derived.send([Row(0, None, {"n_peaks": 3}), Row(1, None, {"n_peaks": 4})])
         _crash(service)
     with serving(tmp_path, bind=bind):
-        derived.send([(1, None, {"n_peaks": 4}), (2, None, {"n_peaks": 5})])
+        derived.send([Row(1, None, {"n_peaks": 4}), Row(2, None, {"n_peaks": 5})])
         derived.finish(6)
         stream = open_run(f"{bind}/lyso/1")["eiger.results@p1"]
         assert [(row.frame_index, row.meta["n_peaks"]) for row in stream] == [(0, 3), (1, 4), (2, 5)]

@@ -7,7 +7,7 @@ import pytest
 from storage.codec import encode
 from storage.errors import BadFrame, BadName, IndexConflict, NearlineError, ProtocolError
 from storage.models import RunState, StreamHeader
-from streaming.derived import open_derived
+from streaming.derived import Row, open_derived
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 
@@ -219,8 +219,8 @@ def test_derived_stream(tmp_path, through_service):
             update={"data_source": "eiger.results@p1", "parent": "eiger", "kind": "table", "shape": (), "dtype": ""}
         )
         derived = open_derived(run, StreamHeader.model_validate(header.model_dump()))
-        derived.send([(i, None, {"n_peaks": i}) for i in (0, 2, 5)])
-        derived.send([(0, None, {"n_peaks": 0})])
+        derived.send([Row(i, None, {"n_peaks": i}) for i in (0, 2, 5)])
+        derived.send([Row(0, None, {"n_peaks": 0})])
         derived.finish(6)
         results = open_run(f"{service.address}/lyso/1")["eiger.results@p1"]
         assert [(f.frame_index, f.meta["n_peaks"]) for f in results.follow()] == [(0, 0), (2, 2), (5, 5)]

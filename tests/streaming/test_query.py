@@ -20,7 +20,7 @@ from storage.models import StreamHeader
 from storage.states import FrameState
 from storage.step_store import ChunkManifest, Manifest, Processing, StepStore
 from storage.stream_store import StreamStore
-from streaming.derived import open_derived
+from streaming.derived import Row, open_derived
 from streaming.producer import Producer
 from streaming.retrieval import Run, Stream, open_run
 
@@ -63,7 +63,7 @@ def results_header(processing: str) -> StreamHeader:
 def send_results(run: Run, indices: list[int], processing: str = "p1", row: Callable[[int], Any] = result_of) -> Any:
     """The results stream, with these rows, still open."""
     out = open_derived(run, results_header(processing))
-    out.send([(index, None, row(index)) for index in indices])
+    out.send([Row(index, None, row(index)) for index in indices])
     return out
 
 
@@ -480,12 +480,12 @@ def test_a_frame_is_decided_when_its_results_are_there(beam):
     beam.send(range(8, 12))
     time.sleep(0.2)
     assert follower.seen == [2], "stored, but not processed yet"
-    results.send([(i, None, result_of(i)) for i in range(4, 9)])
+    results.send([Row(i, None, result_of(i)) for i in range(4, 9)])
     wait_for(lambda: follower.seen == [2, 4, 6, 8])
     beam.out.finish()
     time.sleep(0.2)
     assert not follower.has_ended, "the processing goes on"
-    results.send([(i, None, result_of(i)) for i in range(9, 12)])
+    results.send([Row(i, None, result_of(i)) for i in range(9, 12)])
     results.finish(12)
     assert follower.join() == [2, 4, 6, 8, 10]
 
@@ -527,7 +527,7 @@ def test_following_from_before_the_first_result(beam):
     follower = Follower(beam.reader(), "hit")
     time.sleep(0.2)
     assert not follower.has_ended
-    results.send([(i, None, result_of(i)) for i in range(4)])
+    results.send([Row(i, None, result_of(i)) for i in range(4)])
     wait_for(lambda: follower.seen == [0, 2])
     results.finish(4)
     beam.out.finish()
@@ -719,7 +719,7 @@ def test_derived_streams_have_the_results_of_their_processing(several):
     fields = {"data_source": "eiger.marks@p1", "kind": "table", "shape": (), "dtype": "", "codec": "raw"}
     header = StreamHeader.model_validate(HEADER.model_dump() | fields | {"parent": "eiger", "processing": "p1"})
     marks = open_derived(several.run, header)
-    marks.send([(i, None, {"mark": i}) for i in (2, 4, 9)])
+    marks.send([Row(i, None, {"mark": i}) for i in (2, 4, 9)])
     marks.finish(N)
     stream = several.run["eiger.marks@p1"]
     assert stream.where("n_peaks > 6").indices.tolist() == [4, 9]

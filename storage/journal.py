@@ -115,6 +115,7 @@ class Journal:
         journal = cls(path, start, size, parts, fd=os.open(path, os.O_RDWR))
         journal._load(checks_blobs=True)
         journal.cut()
+        journal._mend()
         return journal
 
     @classmethod
@@ -248,6 +249,13 @@ class Journal:
                 slot = record.frame_index * self.parts + record.part
                 self.locations[slot] = location
                 self.infos[slot] = record
+
+    def _mend(self) -> None:
+        """Write the crc behind each blob again where the disk lost it, by which readers of the shard will check."""
+        for slot, location in self.locations.items():
+            crc, at = _CRC.pack(self.infos[slot].crc32c), location.offset + location.length
+            if location.length and os.pread(self.fd, CRC_BYTES, at) != crc:
+                os.pwrite(self.fd, crc, at)
 
     def _write(self, pieces: list[Buffer]) -> None:
         """All pieces at the journal's end, or StorageFull with the file cut back to where it was."""

@@ -73,6 +73,23 @@ def test_goes_on_after_recovery(tmp_path):
     assert [*Journal.recover(path, 0, 8).infos] == [0, 2, 1, 7]
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_a_lost_crc_behind_a_blob_is_written_again(tmp_path, at):
+    """It can reach the disk later than the blob, and readers of the shard have no other."""
+    path = tmp_path / "j"
+    journal = Journal.create(path, 0, 8)
+    fill(journal)
+    crc_at = journal.locations[1].offset + journal.locations[1].length
+    content = bytearray(path.read_bytes())
+    content[crc_at + at : crc_at + 4] = bytes(4 - at)
+    path.write_bytes(content)
+    recovered = Journal.recover(path, 0, 8)
+    assert list(recovered.infos) == list(BLOBS)
+    recovered.write_index()
+    reader = ShardReader(path, 0, 8)
+    assert {i: reader.read(i) for i in BLOBS} == BLOBS
+
+
 def test_sealed_journal_is_a_shard_and_still_a_journal(tmp_path):
     path = tmp_path / "j"
     journal = Journal.create(path, 0, 8)

@@ -38,6 +38,7 @@ def figures_of_chunk(
         n_reflections=_total(quality, "n_reflections"), n_saturated=_total(quality, "n_saturated"),
         **(_of_peaks(peaks, detector) if peaks is not None else {}),
         shifts=beam_shifts(crystals, detector) if crystals is not None else np.empty((0, 2)),
+        geometry=chunk.geometry,
     )  # fmt: skip
 
 

@@ -80,13 +80,13 @@ class DetectorFindings(Record):
 
 
 def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefinement]:
-    """Refine the detector's place from all crystals of a processing.
+    """Refine the detector's place from all crystals of a processing, or those of its newest geometry snapshot.
 
     Raises
     ------
     BadRecipe : it has no crystals, or too few, or no cell.
     """
-    geometry = len(processing.geometries())
+    geometry = max((chunk.geometry for chunk in processing.chunks()), default=0)
     header, cell = header_of(processing, geometry), cell_of(processing)
     if cell is None:
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
@@ -253,9 +253,6 @@ def _crystals(processing: Processing, cell: UnitCell, geometry: int) -> Iterator
     try:
         tables = [processing.table(name, geometry=geometry) for name in ("crystals", "peaks")]
     except KeyError:
-        if geometry:
-            why = f"has not come to geometry snapshot {geometry} yet; wait for its next chunks"
-            raise BadRecipe(f"processing {processing.name} {why}") from None
         raise BadRecipe(
             f"processing {processing.name} has no crystals; put find_peaks and index in its recipe"
         ) from None

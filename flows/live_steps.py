@@ -72,6 +72,8 @@ def process_live(
     """
     if run.service_address is None:
         raise GroupNeedsService(f"{run.name} is a bare folder: nothing comes any more; use nearline.process")
+    if recipe.refine_detector is not None:
+        log.warning("frame by frame the detector stays where the recipe has it; nearline.process refines it")
     work = _Live(run, stream, recipe, check_name(name, "processing"), decide)
     return work.carry_out(timeout, stop)
 

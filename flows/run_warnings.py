@@ -46,6 +46,8 @@ class ChunkFigures:
     background: float = math.nan
     # (n, 2) px: of each crystal, where the beam centre is against the assumed one.
     shifts: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    # Which geometry snapshot the shifts are against.
+    geometry: int = 0
     # (N_RINGS,): peaks between k and k + 1 times RING_WIDTH 1/Å from the beam.
     rings: np.ndarray = field(default_factory=lambda: np.zeros(N_RINGS, np.uint32))
 
@@ -147,7 +149,8 @@ def _change(deviations: np.ndarray) -> int:
 
 
 def _beam(chunks: Sequence[ChunkFigures]) -> str:
-    recent = [chunk.shifts for chunk in chunks[-_MOST_BEFORE:] if len(chunk.shifts)]
+    newest = chunks[-1].geometry
+    recent = [c.shifts for c in chunks[-_MOST_BEFORE:] if len(c.shifts) and c.geometry == newest]
     shifts = np.concatenate(recent) if recent else np.empty((0, 2))
     if len(shifts) < _ENOUGH_CRYSTALS:
         return ""

@@ -1,12 +1,8 @@
 """The lattice in the spots of one still when nothing is known of the cell.
 
 A real-space vector v of a lattice that is present makes q.v near-integer for every spot, so the sum of
-cos(2π q.v) over spots has a maximum at each lattice vector. That sum is a Fourier transform of the spots
-(as in DIALS's fft3d). Of one still they lie on a thin cap of the Ewald sphere: the grid needs a few
-dozen points along the beam only, and the whole transform costs less than 1-D transforms
-along directions (Steller 1997), which must be dense for long axes.
-
-The highest maxima are refined with their whole numbers fixed. Three of them make a cell; every
+cos(2π q.v) over spots has a maximum at each lattice vector (`tasks.lattice_vectors`). The highest maxima are refined
+with their whole numbers fixed. Three of them make a cell; every
 triple is judged by the probability that spots without a lattice agree with it so well, which also
 prefers the smallest cell: in a cell too large by two each index is off by twice as much. The best are refined
 as a whole, with kernels of `tasks.refine_lattice`, freed of points that no spot asks for, and reduced.
@@ -19,9 +15,9 @@ from itertools import combinations, product
 
 import numpy as np
 from numba import njit
-from scipy.fft import next_fast_len, rfftn
 
 from storage.errors import BadRecipe
+from tasks.lattice_vectors import lattice_vectors
 from tasks.refine_lattice import refine_lattice, strain_basis, true_q
 from tasks.search_lattice import refine_vectors, score_directions
 from tasks.unit_cell import UnitCell, reduce_rows
@@ -98,7 +94,8 @@ def find_lattice(q: np.ndarray, wavelength: float, params: CellSearchParams | No
     best: FoundLattice | None = None
     bases: list[np.ndarray] = []
     for reach in _reaches(p.max_axis):
-        bases = _bases(q[: p.n_search_spots], _lattice_vectors(q, reach, p), wavelength) + bases
+        vectors = lattice_vectors(q, reach, n_search_spots=p.n_search_spots, max_spots=p.max_spots, min_axis=p.min_axis)
+        bases = _bases(q[: p.n_search_spots], vectors, wavelength) + bases
         best = _best_refined(q, bases[:_N_BASES], best, wavelength, p)
         if best is not None and _is_convincing(best, p):
             return best
@@ -154,21 +151,14 @@ def _at_distance(q: np.ndarray, scale: float, wavelength: float) -> np.ndarray:
 
 # Explained fraction with which the search ends.
 _CONVINCING = 0.6
-_N_VECTORS = 32
-_N_PEAKS = 400
-# Of these, multiples of the shortest and others of a plane with it; the sine below which a vector counts as such.
-_N_LINE, _N_PLANE, _SINE = 2, 8, 0.04
 _N_BASES = 4
+_N_THIRDS = 400
+_GROWTH = 1.6
 # 1/Å; what lies at the beam itself fits every lattice and tells nothing, and spots so near to each other are one.
 _BEAM = 1e-4
-_GROWTH = 1.6
 # Of third axes: distance of the other two from whole numbers, spots that score, steps in fringes of the farthest.
 _FITTING, _N_THIRD_SPOTS, _THIRD_STEP = 0.2, 60, 0.5
 _MOST_PLACES = 6e5
-# Of the transform. Twice as many take 0.1 s.
-_MOST_POINTS = 1.6e6
-# Samples of the transform per spacing of its finest fringes, over the two of Nyquist.
-_OVERSAMPLING = 1.25
 # Distances from a point of the lattice, 1/Å, at which agreement is counted: a still measures well across the ray only.
 _ACROSS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 _ALONG = (6e-4, 1.5e-3, 4e-3)
@@ -204,136 +194,6 @@ def _is_accepted(found: FoundLattice, p: CellSearchParams) -> bool:
     return found.n_indexed >= max(p.min_indexed, p.min_fraction * found.n_spots) and found.log10_chance < np.log10(
         p.false_alarm
     )
-
-
-# ---- vectors --------------------------------------------------------------------------------------
-
-
-def _lattice_vectors(q: np.ndarray, reach: float, p: CellSearchParams) -> np.ndarray:
-    """Refined vectors, (n, 3) Å, that make q.v near-integer for the most spots; short ones first."""
-    inner, reach = _spots_for_grid(q[: p.n_search_spots], reach)
-    vectors = refine_vectors(inner, _maxima(inner, reach))
-    n = len(inner)
-    while n < min(len(q), p.max_spots):
-        n = int(_GROWTH * n)
-        vectors = refine_vectors(q[: min(n, p.max_spots)], vectors)
-    off = vectors @ inner.T
-    is_used = np.abs(off).max(axis=1, initial=0.0) > 0.75
-    off = np.abs(off - np.rint(off))
-    score = np.maximum(0, 1 - (off / 0.25) ** 2).sum(axis=1)
-    length = np.linalg.norm(vectors, axis=1)
-    good = is_used & (length >= p.min_axis) & (length <= 1.1 * reach)
-    return _shortest_good(vectors[good], score[good])
-
-
-def _spots_for_grid(q: np.ndarray, reach: float) -> tuple[np.ndarray, float]:
-    """Innermost spots and the length, Å, for which the transform stays below `_MOST_POINTS`.
-
-    At least 30 spots are kept where there are as many: then rather the length is shortened.
-    """
-    n = len(q)
-    while n > 30 and np.prod(_grid_shape(q[:n], reach)) > _MOST_POINTS:
-        n = max(30, n - 5)
-    while np.prod(_grid_shape(q[:n], reach)) > _MOST_POINTS:
-        reach *= 0.93
-    return q[:n], reach
-
-
-def _grid_shape(q: np.ndarray, reach: float) -> tuple[int, ...]:
-    extent = 4 * _OVERSAMPLING * reach * np.abs(q).max(axis=0)
-    return tuple(next_fast_len(max(8, int(np.ceil(n))), real=True) for n in extent[::-1])
-
-
-def _maxima(q: np.ndarray, reach: float) -> np.ndarray:
-    """Places (n, 3), Å, of the highest maxima of the sum of cos(2π q.v) over spots, highest first, v or -v."""
-    shape = _grid_shape(q, reach)
-    place = np.rint(q[:, ::-1] * (2 * reach)).astype(int) % shape
-    grid = np.zeros(shape, np.float32)
-    np.add.at(grid, tuple(place.T), 1)
-    transform = np.ascontiguousarray(rfftn(grid).real)
-    index, height = _local_maxima(transform, np.float32(3 * np.sqrt(len(q) / 2)))
-    best = np.lexsort((np.arange(len(height)), -height))
-    size = np.array(shape)
-    wrapped = np.where(index > size // 2, index - size, index)
-    vectors = (wrapped * (2 * reach / size))[:, ::-1]
-    length = np.linalg.norm(vectors, axis=1)
-    best = best[(length[best] > 1.0) & (length[best] <= reach)]
-    return np.ascontiguousarray(vectors[best[:_N_PEAKS]])
-
-
-@njit(cache=True, nogil=True)
-def _local_maxima(values, threshold):
-    """Index (n, 3) and height (n,) of points above the threshold that none of their neighbours exceeds."""
-    nz, ny, nx = values.shape
-    index, height = [(0, 0, 0)], [np.float32(0)]
-    for i in range(nz):
-        for j in range(ny):
-            for k in range(nx):
-                here = values[i, j, k]
-                if here <= threshold:
-                    continue
-                is_top = True
-                for di in (-1, 0, 1):
-                    for dj in (-1, 0, 1):
-                        for dk in (-1, 0, 1):
-                            at = k + dk
-                            if 0 <= at < nx and values[(i + di) % nz, (j + dj) % ny, at] > here:
-                                is_top = False
-                if is_top:
-                    index.append((i, j, k))
-                    height.append(here)
-    return np.array(index[1:]).reshape(-1, 3), np.array(height[1:])
-
-
-def _shortest_good(vectors: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Distinct vectors that spots agree with: a few of one line, some of one plane, and most of neither.
-
-    Sums of lattice vectors are as good as these, so that the many short ones of a plane would leave no room for
-    a long axis, whose score is lower, too, since excitation errors blur it most.
-    """
-    if not len(vectors):
-        return vectors
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    first = _good_first(vectors, score, np.arange(len(vectors)))[0]
-    is_of_line = np.linalg.norm(np.cross(unit, unit[first]), axis=1) < _SINE
-    chosen = _good_first(vectors, score, np.flatnonzero(is_of_line))[:_N_LINE]
-    off_line = np.flatnonzero(~is_of_line)
-    if not len(off_line):
-        return vectors[chosen]
-    normal = np.cross(unit[first], unit[_good_first(vectors, score, off_line)[0]])
-    is_of_plane = np.abs(unit[off_line] @ normal) < _SINE * np.linalg.norm(normal)
-    chosen += _good_first(vectors, score, off_line[is_of_plane])[:_N_PLANE]
-    off_plane = off_line[~is_of_plane]
-    if len(off_plane):
-        chosen += _good_first(vectors, score, off_plane)[: _N_VECTORS - len(chosen)]
-    return vectors[chosen]
-
-
-def _good_first(vectors: np.ndarray, score: np.ndarray, among: np.ndarray) -> list[int]:
-    """Distinct vectors of some: those of nearly the best score by length, then the others by score."""
-    length = np.linalg.norm(vectors[among], axis=1)
-    best = np.argsort(-score[among], kind="stable")
-    good = best[score[among][best] > 0.75 * score[among][best[0]]]
-    order = np.concatenate([good[np.argsort(length[good], kind="stable")][: _N_VECTORS // 2], best])
-    return [int(i) for i in _distinct(vectors, among[order], _N_VECTORS)]
-
-
-@njit(cache=True, nogil=True)
-def _distinct(vectors, order, n_max):
-    """The first of ``order`` that are none of the earlier ones, or their negatives, within 2 %."""
-    chosen = [order[0]]
-    for i in order[1:]:
-        is_new = True
-        for j in chosen:
-            limit = 0.02 * 0.02 * np.sum(vectors[j] ** 2)
-            if np.sum((vectors[i] - vectors[j]) ** 2) < limit or np.sum((vectors[i] + vectors[j]) ** 2) < limit:
-                is_new = False
-                break
-        if is_new:
-            chosen.append(i)
-            if len(chosen) == n_max:
-                break
-    return np.array(chosen)
 
 
 # ---- cells ----------------------------------------------------------------------------------------
@@ -378,7 +238,7 @@ def _completed(q: np.ndarray, basis: np.ndarray, wavelength: float, p: CellSearc
     places = _places_above(pair, spots[:_N_THIRD_SPOTS], p)
     score = np.empty(places.shape[1], np.float32)
     score_directions(spots[:_N_THIRD_SPOTS].astype(np.float32), places, np.float32(0.0625), score)
-    top = np.argpartition(score, min(_N_PEAKS, len(score) - 1))[:_N_PEAKS]
+    top = np.argpartition(score, min(_N_THIRDS, len(score) - 1))[:_N_THIRDS]
     top = top[np.lexsort((top, score[top]))]
     thirds = refine_vectors(spots[:_N_THIRD_SPOTS], np.ascontiguousarray(places[:, top].T.astype(float)))
     thirds = refine_vectors(spots, thirds)

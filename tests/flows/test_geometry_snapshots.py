@@ -207,6 +207,16 @@ class Page(RunPage):
         page.show = lambda text, is_last: self.texts.append(text)
 
 
+def test_a_run_that_ends_before_its_snapshot_is_in_force(run, off_recipe, truth):
+    processing = process(run, off_recipe | {"refine_detector": RULE | {"lag": 40}})
+    (snapshot,) = processing.geometries()
+    assert snapshot.from_chunk > N_FRAMES // CHUNK
+    assert set(geometry_by_chunk(processing)) == {0}
+    findings, found = detector_of(processing)
+    assert found.n_crystals == len(processing.crystals)
+    assert findings.beam_center_x == pytest.approx(truth.beam_center_x, abs=0.06)
+
+
 def test_a_detector_where_it_says_is_left_alone(run, recipe):
     processing = process(run, recipe.model_dump(mode="json") | {"refine_detector": RULE})
     assert processing.geometries() == []

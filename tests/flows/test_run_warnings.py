@@ -1,6 +1,7 @@
 """Alarms in words: what jumps, what crowds on rings, and that steady data raise none."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,13 @@ def test_a_beam_centre_that_is_off_is_said():
     (text,) = warnings_of(steady(np.random.default_rng(3), 10, shift=(0.6, -0.5)))
     assert re.match(r"The beam centre is off by \(\+0\.(59|6\d), -0\.(49|5\d)\) px", text)
     assert "refine-detector" in text
+
+
+def test_a_beam_centre_that_was_refined_meanwhile_is_no_alarm():
+    rng = np.random.default_rng(4)
+    before = steady(rng, 20, shift=(0.6, -0.5))
+    behind = [replace(one, geometry=1) for one in steady(rng, 3, start=20)]
+    assert warnings_of([*before, *behind]) == []
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Progress:
     lag_frames : that have come since. lag_s : s since the chunk was sealed.
     outlook : for each stop criterion, in words, whether or when it is enough.
     geometries : refined ones, in order.
+    notes : what should be looked at, in words.
     task_runs : ids of the Prefect task runs that worked on the chunk, by group of steps.
     """
 
@@ -66,6 +67,7 @@ class Progress:
     planned: int
     pictures: tuple[Path, ...]
     geometries: tuple[GeometrySnapshot, ...] = ()
+    notes: tuple[str, ...] = ()
     outlook: dict[str, str] = field(default_factory=dict)
     task_runs: dict[str, str] = field(default_factory=dict)
 

@@ -141,7 +141,7 @@ class RunPage:
         parts = [
             f"# {self._title}",
             self._how_far(progress, summary),
-            self._warnings(),
+            self._warnings(progress, summary),
             _geometries(progress),
             _outlook(progress),
             self._charts(),
@@ -170,8 +170,10 @@ class RunPage:
             lines_.append(f"lag {progress.lag_frames} frames · {totals.frames / max(seconds, 1e-3):.1f} frames/s")
         return "\n\n".join(lines_)
 
-    def _warnings(self) -> str:
-        return "\n".join(f"> **Look:** {text}\n" for text in warnings_of(self._figures, seeks_hits=self._seeks_hits))
+    def _warnings(self, progress: Progress | None, summary: dict[str, Any] | None) -> str:
+        notes = (summary or {}).get("notes") or (progress.notes if progress else ())
+        texts = [*warnings_of(self._figures, seeks_hits=self._seeks_hits), *(f"{n[0].upper()}{n[1:]}." for n in notes)]
+        return "\n".join(f"> **Look:** {text}\n" for text in texts)
 
     @property
     def _seeks_hits(self) -> bool:

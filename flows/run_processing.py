@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from flows.cell_check import CellCheck
 from flows.chunk_feeder import ChunkFeeder
 from flows.criteria import read_criteria
 from flows.decisions import Decision, Decisions
@@ -207,6 +208,7 @@ class _Work:
         self._totals = RunTotals()
         self._pictures: list[Path] = []
         self._snapshots: list[GeometrySnapshot] = []
+        self._cell_check = CellCheck(run, processing)
         self._derived = DerivedStreams(run, stream, processing, recipe, self._header)
 
     def carry_out(self, n_ahead: int) -> dict[str, Any]:
@@ -227,6 +229,7 @@ class _Work:
                 for chunk, job, promise in under_way:
                     self._take(chunk, job, promise.result(), exporter)
             files = exporter.close()
+            self._cell_check.finish()
         except BaseException:
             exporter.discard()
             raise
@@ -262,6 +265,7 @@ class _Work:
         if (snapshot := self._geometries.take(result)) is not None:
             self._snapshots.append(snapshot)
         self._processing.add_chunk(result.manifest)
+        self._cell_check.take(result.manifest)
         status = self._stream.status
         self._reporter.chunk_done(
             Progress(
@@ -274,6 +278,7 @@ class _Work:
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
                 geometries=tuple(self._snapshots),
+                notes=self._notes(),
                 outlook=self._decisions.judge(chunk.commit.chunk),
                 task_runs=self._executor.task_runs(chunk.commit.chunk),
             )
@@ -311,6 +316,9 @@ class _Work:
             )
             self._pictures.append(path)
 
+    def _notes(self) -> tuple[str, ...]:
+        return (self._cell_check.words,) if self._cell_check.words else ()
+
     def _summary(self, files: dict[str, Path], seconds: float) -> dict[str, Any]:
         totals = self._totals
         return {
@@ -330,6 +338,7 @@ class _Work:
             "steps_computed": totals.steps_computed,
             "steps_reused": totals.steps_reused,
             "geometries": [snapshot.words for snapshot in self._snapshots],
+            "notes": list(self._notes()),
             "files": {name: str(path) for name, path in files.items()},
             "pictures": [str(path) for path in self._pictures],
             "flow_run_url": self._processing.manifest.flow_run_url,

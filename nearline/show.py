@@ -344,7 +344,7 @@ def processing_summary(console: Console, summary: dict[str, Any], as_json: bool)
         f"{summary['indexed']} indexed ({100 * summary['indexing_rate']:.1f} % of hits), {summary['seconds']:.1f} s",
         highlight=False,
     )
-    for words in summary.get("geometries", ()):
+    for words in (*summary.get("geometries", ()), *summary.get("notes", ())):
         console.print(f"  {words}", highlight=False, soft_wrap=True)
     for name, path in summary["files"].items():
         console.print(f"  {name:16} {path}", highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ __all__ = [
     "UnitCell",
     "cell_file_text",
     "crystfel_lattice",
+    "have_one_lattice",
     "hkl_symmetry_ops",
     "lattice_rotations",
     "parameters_from_matrix",
@@ -292,6 +293,18 @@ def same_orientation(
         return False, 180.0
     angle = min(rotation_angle_deg(m) for m in (u @ vt)[fits])
     return angle <= tolerance_deg, angle
+
+
+def have_one_lattice(one: UnitCell, other: UnitCell, tolerance: float = 0.05) -> bool:
+    """Whether two cells, in whatever setting and centring, are of one lattice, lengths within ``tolerance``.
+
+    Compared are the lengths of the shortest vectors, which do not jump where two settings are nearly alike, and the
+    volumes, which tell a lattice from those that have some of its points.
+    """
+    axes, theirs = (cell.primitive_rows @ np.linalg.inv(cell.B) for cell in (one, other))
+    lengths, their_lengths = (np.sort(np.linalg.norm(rows, axis=1)) for rows in (axes, theirs))
+    growth = abs(np.log(np.linalg.det(axes) / np.linalg.det(theirs)))
+    return bool(np.allclose(lengths, their_lengths, rtol=tolerance, atol=0) and growth < 3 * tolerance)
 
 
 def rotation_angle_deg(R: np.ndarray) -> float:

@@ -240,6 +240,10 @@ class Geometry:
             panels, then rays; a ray may be on several panels where one stands in front of another.
         """
         q = np.asarray(q, float)
+        if len(self.panels) == 1:
+            (panel,), (x, y) = self.panels, self.project(q)
+            rows = np.flatnonzero((x >= 0) & (x < panel.shape[1]) & (y >= 0) & (y < panel.shape[0]))
+            return rows, x[rows] + panel.origin[1], y[rows] + panel.origin[0], np.zeros(len(rows), int)
         rows, numbers = self._candidates(q)
         x, y = self._project_onto(q[rows], numbers)
         shape = np.array([p.shape for p in self.panels])[numbers]

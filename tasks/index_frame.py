@@ -11,13 +11,14 @@ A lattice is accepted for the number and the fraction of spots it explains, and 
 agreement is improbable by chance over all orientations that could have been tried.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from storage.errors import BadRecipe
-from tasks.refine_lattice import refine_lattice, strain_basis, true_q
+from tasks.refine_lattice import agreement, nearest_indices, refine_lattice, strain_basis
 from tasks.search_lattice import axis_candidates, n_turns, turned_cells
 from tasks.unit_cell import BadCell, UnitCell, lattice_rotations, rotation_angle_deg, symmetrised
 
@@ -99,9 +100,9 @@ class Crystal:
 
     def hkl(self, q: np.ndarray, wavelength: float) -> tuple[np.ndarray, np.ndarray]:
         """Nearest whole indices (n, 3) int of spots q (n, 3), and the largest distance (n,) from them."""
-        index = true_q(q, np.array(self.shift), wavelength) @ np.linalg.inv(self.A).T
-        nearest = np.rint(index)
-        return nearest.astype(int), np.abs(index - nearest).max(axis=1, initial=0.0)
+        q, A = np.ascontiguousarray(q, float).reshape(-1, 3), np.ascontiguousarray(self.A, float)
+        whole, off = nearest_indices(q, A, np.array(self.shift), wavelength)
+        return whole, off
 
 
 class Indexer:
@@ -122,6 +123,7 @@ class Indexer:
         self._B = np.linalg.inv(self._rows)
         self._strains = strain_basis(cell) if self.params.refine_cell else np.empty((0, 3, 3))
         self._axes = _distinct_axes(self._rows)
+        self._limits = np.array([t for t in _CHANCE_LIMITS if t < self.params.tolerance] + [self.params.tolerance])
         self._has_opposite = [_has_twofold_across(cell, i, self._rows) for i in range(3)]
 
     def __call__(self, q: np.ndarray, intensity: np.ndarray | None = None) -> list[Crystal]:
@@ -254,18 +256,13 @@ class Indexer:
 
     def _described(self, q: np.ndarray, A: np.ndarray, shift: np.ndarray) -> Crystal | None:
         """Count, compare and convert: A of the primitive cell becomes that of the cell itself."""
-        observed = true_q(q, shift, self.wavelength)
-        index = observed @ np.linalg.inv(A).T
-        off = np.abs(index - np.rint(index)).max(axis=1)
-        is_in = off <= self.params.tolerance
-        if not is_in.any():
+        q, A = np.ascontiguousarray(q, float), np.ascontiguousarray(A)
+        n_within, across, along, blur, squares = agreement(q, A, shift, self.wavelength, self._limits)
+        n_in = int(n_within[-1])
+        if not n_in:
             return None
-        rest = observed[is_in] - np.rint(index[is_in]) @ A.T
-        ray = observed[is_in] * self.wavelength + [0, 0, 1]
-        along = (rest * ray).sum(1)
-        across = rest - along[:, None] * ray
-        chance = self._log10_chance(off, observed, A)
-        if -chance < len(q) * self._needed_evidence(across @ np.linalg.inv(A).T):
+        chance = self._log10_chance(n_within, squares / len(q), len(q), A)
+        if -chance < len(q) * self._needed_evidence(blur):
             return None
         A_cell = A @ self._to_primitive
         try:
@@ -273,20 +270,19 @@ class Indexer:
         except BadCell:
             return None
         return Crystal(
-            A=A_cell, cell=cell, n_indexed=int(is_in.sum()), n_spots=len(q),
-            rmsd=float(np.sqrt((across**2).sum(1).mean())), excitation_rmsd=float(np.sqrt((along**2).mean())),
+            A=A_cell, cell=cell, n_indexed=n_in, n_spots=len(q),
+            rmsd=math.sqrt(across / n_in), excitation_rmsd=math.sqrt(along / n_in),
             shift=(float(shift[0]), float(shift[1])), log10_chance=chance,
         )  # fmt: skip
 
-    def _needed_evidence(self, across: np.ndarray) -> float:
-        """Decades per spot; less where spots are just where the lattice has them on the detector, (n, 3) indices off.
+    def _needed_evidence(self, blur: float) -> float:
+        """Decades per spot; less where spots are just where the lattice has them on the detector, ``blur`` indices off.
 
         Excitation errors blur the indices along a long axis, and with them the chance; across the ray they do not.
         """
-        is_sharp = np.median(np.abs(across).max(axis=1)) <= _SHARP * self.params.tolerance
-        return self.params.min_evidence * (1.0 if is_sharp else _BLURRED)
+        return self.params.min_evidence * (1.0 if blur <= _SHARP * self.params.tolerance else _BLURRED)
 
-    def _log10_chance(self, off: np.ndarray, q: np.ndarray, A: np.ndarray) -> float:
+    def _log10_chance(self, n_within: np.ndarray, mean_square: float, n_spots: int, A: np.ndarray) -> float:
         """log10 of an upper estimate of the chance to see such agreement without a lattice.
 
         One spot falls within t of whole indices with probability (2t)^3; so many do by
@@ -294,12 +290,12 @@ class Indexer:
         that of one resolved rotation, (2t / (|a| |q|))^3, times a factor for each refined parameter.
         """
         n_free = len(self._strains) + (2 if self.params.refine_shift else 0)
-        reach = np.cbrt(1 / np.linalg.det(A)) * np.sqrt((q**2).sum(1).mean())
+        reach = math.sqrt(mean_square) / float(np.linalg.det(A)) ** (1 / 3)
         best = 0.0
-        for t in (0.06, 0.09, 0.13, 0.18, self.params.tolerance):
-            tail = _log10_binomial_tail(int((off <= t).sum()), len(off), (2 * t) ** 3)
-            trials = np.log10(8 * np.pi**2) + 3 * np.log10(max(reach / (2 * t), 1.0)) + 0.7 * n_free + 1.0
-            best = min(best, float(tail + trials))
+        for t, n in zip(self._limits.tolist(), n_within.tolist(), strict=True):
+            tail = _log10_binomial_tail(n, n_spots, (2 * t) ** 3)
+            trials = math.log10(8 * math.pi**2) + 3 * math.log10(max(reach / (2 * t), 1.0)) + 0.7 * n_free + 1.0
+            best = min(best, tail + trials)
         return best
 
     def _is_accepted(self, crystal: Crystal) -> bool:
@@ -336,6 +332,8 @@ _CONVINCING, _GROWTH = 0.6, 1.35
 _PLAIN = 0.85
 # 1/Å; no crystal here has a cell edge of 1 µm.
 _BEAM = 1e-4
+# Distances from whole indices at which agreement is counted for its chance, beside the tolerance.
+_CHANCE_LIMITS = (0.06, 0.09, 0.13, 0.18)
 # Half the explained spots of a true lattice are within this share of the tolerance across the ray (real, rather mosaic
 # crystals: 0.2; wrong cells 0.2 to 0.5); where they are not, it takes so much more evidence.
 _SHARP, _BLURRED = 0.16, 1.6
@@ -348,8 +346,8 @@ def _log10_binomial_tail(n: int, trials: int, p: float) -> float:
     x = n / trials
     if x <= p:
         return 0.0
-    rest = 0.0 if n == trials else (1 - x) * np.log((1 - x) / (1 - p))
-    return float(-trials * (x * np.log(x / p) + rest) / np.log(10))
+    rest = 0.0 if n == trials else (1 - x) * math.log((1 - x) / (1 - p))
+    return -trials * (x * math.log(x / p) + rest) / math.log(10)
 
 
 def _distinct_axes(rows: np.ndarray) -> list[int]:

@@ -6,6 +6,7 @@ subtracted, not the median: at a fraction of a count per pixel the median is 0 a
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -140,6 +141,7 @@ def _largest(dtype: np.dtype, saturation: float | None) -> float:
     return ceiling if saturation is None else min(ceiling, float(saturation))
 
 
+@lru_cache(maxsize=16)
 def _offsets(inner: float, outer: float) -> np.ndarray:
     """(n, 2) int64: steps (y, x) to the pixels farther than inner and within outer."""
     reach = int(outer)

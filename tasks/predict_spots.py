@@ -38,15 +38,18 @@ def profile_radius(crystal: Crystal, q: np.ndarray, wavelength: float, tolerance
     q : (n, 3) of the frame's spots, 1/Å. tolerance : largest distance from whole indices.
     """
     hkl, off = crystal.hkl(q, wavelength)
-    if (off <= tolerance).sum() < _FEWEST_SPOTS:
+    e = _errors_of_explained(hkl, off, np.ascontiguousarray(crystal.A), 1 / wavelength, tolerance)
+    if len(e) < _FEWEST_SPOTS:
         return _DEFAULT_RADIUS
-    e = np.abs(excitation_error(hkl[off <= tolerance] @ crystal.A.T, wavelength))
-    return float(max(1e-5, min(np.percentile(e, 98), 3 * 1.4826 * np.median(e))))
+    return max(1e-5, min(_percentile(e, 0.98), 3 * 1.4826 * _percentile(e, 0.5)))
 
 
-def excitation_error(q: np.ndarray, wavelength: float) -> np.ndarray:
-    """1/λ - |q + z/λ| of reciprocal points q (n, 3), 1/Å: positive inside the Ewald sphere."""
-    return 1 / wavelength - np.linalg.norm(q + np.array([0.0, 0.0, 1 / wavelength]), axis=-1)
+def _percentile(rising: np.ndarray, share: float) -> float:
+    """Of sorted values, interpolated linearly, as numpy.percentile does it."""
+    at = share * (len(rising) - 1)
+    below = int(at)
+    above = min(below + 1, len(rising) - 1)
+    return float(rising[below] + (at - below) * (rising[above] - rising[below]))
 
 
 def resolution_limit(q: np.ndarray) -> float:
@@ -79,8 +82,9 @@ def predict_spots(crystal: Crystal, geometry: Geometry, radius: float, hkl: np.n
     (n,) of PREDICTION_DTYPE sorted by h, k, l: x, y px from the frame's corner (pixel i spans i to
     i + 1), where the spot appears on the assumed geometry; excitation, 1/Å; panel.
     """
-    rows, q = _near_sphere(np.ascontiguousarray(hkl), crystal.A, 1 / geometry.wavelength, radius)
-    hkl, error = hkl[rows], excitation_error(q, geometry.wavelength)
+    A = np.ascontiguousarray(crystal.A)
+    rows, q, error = _near_sphere(np.ascontiguousarray(hkl), A, 1 / geometry.wavelength, radius)
+    hkl = hkl[rows]
     rows, x, y, panel = geometry.place(spots_as_seen(q, crystal, geometry))
     table = np.empty(len(rows), PREDICTION_DTYPE)
     table["h"], table["k"], table["l"] = hkl[rows].T
@@ -97,11 +101,28 @@ def spots_as_seen(q: np.ndarray, crystal: Crystal, geometry: Geometry) -> np.nda
 
 
 @njit(cache=True, nogil=True)
+def _errors_of_explained(hkl, off, A, inverse_wavelength, tolerance):
+    """Excitation errors, absolute and rising, of the spots within the tolerance of whole indices."""
+    found = np.empty(hkl.shape[0])
+    n = 0
+    for i in range(hkl.shape[0]):
+        if off[i] > tolerance:
+            continue
+        h, k, m = hkl[i, 0], hkl[i, 1], hkl[i, 2]
+        x = A[0, 0] * h + A[0, 1] * k + A[0, 2] * m
+        y = A[1, 0] * h + A[1, 1] * k + A[1, 2] * m
+        z = A[2, 0] * h + A[2, 1] * k + A[2, 2] * m + inverse_wavelength
+        found[n] = abs(inverse_wavelength - np.sqrt(x * x + y * y + z * z))
+        n += 1
+    return np.sort(found[:n])
+
+
+@njit(cache=True, nogil=True)
 def _near_sphere(hkl, A, inverse_wavelength, radius):
-    """Rows of hkl whose excitation error is within the radius and that scatter forward, and their q."""
+    """Rows of hkl whose excitation error is within the radius and that scatter forward, their q, and that error."""
     low, high = max(inverse_wavelength - radius, 0.0) ** 2, (inverse_wavelength + radius) ** 2
     rows = np.empty(hkl.shape[0], np.int64)
-    q = np.empty((hkl.shape[0], 3))
+    q, error = np.empty((hkl.shape[0], 3)), np.empty(hkl.shape[0])
     n = 0
     for i in range(hkl.shape[0]):
         h, k, m = hkl[i, 0], hkl[i, 1], hkl[i, 2]
@@ -112,5 +133,6 @@ def _near_sphere(hkl, A, inverse_wavelength, radius):
         if low <= s <= high and z + inverse_wavelength > 0:
             rows[n] = i
             q[n, 0], q[n, 1], q[n, 2] = x, y, z
+            error[n] = inverse_wavelength - np.sqrt(s)
             n += 1
-    return rows[:n], q[:n]
+    return rows[:n], q[:n], error[:n]

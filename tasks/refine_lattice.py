@@ -5,7 +5,7 @@ from numba import njit
 
 from tasks.unit_cell import UnitCell, hkl_symmetry_ops
 
-__all__ = ["refine_lattice", "strain_basis", "true_q"]
+__all__ = ["agreement", "nearest_indices", "refine_lattice", "strain_basis", "true_q"]
 
 _N_CYCLES = 12
 # Cycles in which the tolerance still shrinks, and the largest step (rad, relative) after which nothing changes.
@@ -105,6 +105,62 @@ def refine_lattice(q, U, B, shift, rows, strains, wavelength, radial_weight, tol
         if cycle > _N_NARROWING and np.abs(step).max() < _SETTLED:
             break
     return U, B, shift, n_used
+
+
+@njit(cache=True, nogil=True)
+def nearest_indices(q, A, shift, wavelength):
+    """Nearest whole indices (n, 3) int64 of spots q in the lattice A, and the largest distance (n,) from them."""
+    inverse = np.linalg.inv(A)
+    whole, off = np.empty((q.shape[0], 3), np.int64), np.zeros(q.shape[0])
+    for j in range(q.shape[0]):
+        observed, _ = _shifted(q[j, 0], q[j, 1], q[j, 2], shift[0], shift[1], wavelength)
+        for a in range(3):
+            index = inverse[a, 0] * observed[0] + inverse[a, 1] * observed[1] + inverse[a, 2] * observed[2]
+            nearest = np.rint(index)
+            whole[j, a] = np.int64(nearest)
+            off[j] = max(off[j], abs(index - nearest))
+    return whole, off
+
+
+@njit(cache=True, nogil=True)
+def agreement(q, A, shift, wavelength, limits):
+    """How well a lattice explains spots, in terms of the last of some rising limits of distance from whole indices.
+
+    Returns the number of spots within each limit (k,); of those within the last, the sums of squares of what is left
+    across the ray and along it, 1/Å², and the median of the largest index that is left across; and of all spots the
+    sum of squares of their length, 1/Å².
+    """
+    inverse = np.linalg.inv(A)
+    n_within, blurred = np.zeros(limits.size, np.int64), np.empty(q.shape[0])
+    n_in, across_squares, along_squares, squares = 0, 0.0, 0.0, 0.0
+    rest, h = np.empty(3), np.empty(3)
+    for j in range(q.shape[0]):
+        observed, ray = _shifted(q[j, 0], q[j, 1], q[j, 2], shift[0], shift[1], wavelength)
+        squares += observed[0] ** 2 + observed[1] ** 2 + observed[2] ** 2
+        off = 0.0
+        for a in range(3):
+            index = inverse[a, 0] * observed[0] + inverse[a, 1] * observed[1] + inverse[a, 2] * observed[2]
+            h[a] = np.rint(index)
+            off = max(off, abs(index - h[a]))
+        for k in range(limits.size):
+            n_within[k] += off <= limits[k]
+        if off > limits[-1]:
+            continue
+        along = 0.0
+        for b in range(3):
+            rest[b] = observed[b] - (A[b, 0] * h[0] + A[b, 1] * h[1] + A[b, 2] * h[2])
+            along += rest[b] * ray[b]
+        for b in range(3):
+            rest[b] -= along * ray[b]
+            across_squares += rest[b] * rest[b]
+        along_squares += along * along
+        worst = 0.0
+        for a in range(3):
+            worst = max(worst, abs(inverse[a, 0] * rest[0] + inverse[a, 1] * rest[1] + inverse[a, 2] * rest[2]))
+        blurred[n_in] = worst
+        n_in += 1
+    blur = np.median(blurred[:n_in]) if n_in else 0.0
+    return n_within, across_squares, along_squares, blur, squares
 
 
 @njit(cache=True, nogil=True)

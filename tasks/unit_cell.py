@@ -7,6 +7,7 @@ frame) hold the reciprocal axes a*, b*, c* as **columns**, in 1/Å without 2π, 
 b in the xy plane. ``det(A) > 0`` always; a negative one is the mirror image of the crystal.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -211,11 +212,13 @@ def cell_file_text(cell: UnitCell) -> str:
 
 def parameters_from_matrix(A: np.ndarray) -> tuple[float, float, float, float, float, float]:
     """(a, b, c, alpha, beta, gamma) of a reciprocal matrix with a*, b*, c* as columns."""
-    rows = np.linalg.inv(np.asarray(A, float))
-    a, b, c = np.linalg.norm(rows, axis=1)
-    cosines = rows[1] @ rows[2] / (b * c), rows[0] @ rows[2] / (a * c), rows[0] @ rows[1] / (a * b)
-    alpha, beta, gamma = np.degrees(np.arccos(np.clip(cosines, -1, 1)))
-    return float(a), float(b), float(c), float(alpha), float(beta), float(gamma)
+    # Python's own numbers: for three vectors they take a fifth of the time.
+    rows = np.linalg.inv(np.asarray(A, float)).tolist()
+    a, b, c = (math.hypot(*row) for row in rows)
+    pairs = ((rows[1], rows[2], b * c), (rows[0], rows[2], a * c), (rows[0], rows[1], a * b))
+    cosines = ((u[0] * v[0] + u[1] * v[1] + u[2] * v[2]) / size for u, v, size in pairs)
+    alpha, beta, gamma = (math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) for cosine in cosines)
+    return a, b, c, alpha, beta, gamma
 
 
 def hkl_symmetry_ops(cell: UnitCell) -> np.ndarray:
@@ -328,11 +331,11 @@ def crystfel_lattice(cell: UnitCell) -> tuple[str, str]:
 
 def _check_parameters(parameters: Sequence[float]) -> None:
     lengths, angles = parameters[:3], parameters[3:]
-    if not np.isfinite(parameters).all() or min(lengths) < 1 or max(lengths) > 10000:
+    if not all(map(math.isfinite, parameters)) or min(lengths) < 1 or max(lengths) > 10000:
         raise BadCell(f"cell edges {lengths} Å are not between 1 and 10000; give lengths in Å")
     if min(angles) < 10 or max(angles) > 170:
         raise BadCell(f"cell angles {angles} are not between 10 and 170; give angles in degrees")
-    ca, cb, cg = np.cos(np.radians(angles))
+    ca, cb, cg = (math.cos(math.radians(angle)) for angle in angles)
     if 1 - ca * ca - cb * cb - cg * cg + 2 * ca * cb * cg <= 1e-6:
         raise BadCell(f"cell angles {angles}° enclose no volume; check alpha, beta and gamma")
 

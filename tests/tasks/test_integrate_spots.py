@@ -12,7 +12,6 @@ from tasks.integrate_spots import IntegrationParams, integrate_spots
 from tasks.predict_spots import (
     PREDICTION_DTYPE,
     crystal_resolution,
-    excitation_error,
     predict_spots,
     profile_radius,
     resolution_limit,
@@ -155,6 +154,11 @@ def test_predictions_follow_the_detector_shift():
     # 0.01 of 0.1 m is one 1 mm pixel: a detector at +x sees its spots at smaller x, which is larger fast
     np.testing.assert_allclose([b["x"] - a["x"] for a, b in pairs], 1.0, atol=1e-9)
     np.testing.assert_allclose([b["y"] - a["y"] for a, b in pairs], -2.0, atol=1e-9)
+
+
+def excitation_error(q: np.ndarray, wavelength: float) -> np.ndarray:
+    """1/λ - |q + z/λ| of reciprocal points q (n, 3), 1/Å: positive inside the Ewald sphere."""
+    return 1 / wavelength - np.linalg.norm(q + np.array([0.0, 0.0, 1 / wavelength]), axis=-1)
 
 
 def test_profile_radius_is_the_spread_of_excitation_errors():

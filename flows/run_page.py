@@ -67,7 +67,7 @@ class RunPage:
         self._own_steps = [spec.name for spec in recipe.steps if ":" in spec.use]
         header = run[processing.manifest.data_source].header
         self._detector = recipe.detector_header(header.detector)
-        self._finds_peaks = any(spec.use == "find_peaks" for spec in recipe.steps)
+        self._finds_peaks = any(spec.use.startswith("find_peaks") for spec in recipe.steps)
         self._page = MarkdownPage(f"{run.name}-{processing.name}", f"the page of {self._title}")
         self._started = time.monotonic()
         # In a copy of our context: that is how the server knows which flow run the page belongs to.

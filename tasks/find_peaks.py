@@ -22,7 +22,7 @@ from storage.errors import BadFrame, BadRecipe, ShapeMismatch
 from storage.geometry import Geometry
 from tasks.ring_statistics import RingStatistics
 
-__all__ = ["PEAK_DTYPE", "PeakFinder", "PeakParams"]
+__all__ = ["PEAK_DTYPE", "PeakFinder", "PeakParams", "as_table", "largest_count", "panel_bounds"]
 
 PEAK_DTYPE = np.dtype(
     [
@@ -109,7 +109,7 @@ class PeakFinder:
     def __init__(self, geometry: Geometry, mask: np.ndarray, params: PeakParams | None = None) -> None:
         self.params = params or PeakParams()
         self.shape = mask.shape
-        self._panels = _panel_bounds(geometry, self.shape)
+        self._panels = panel_bounds(geometry, self.shape)
         self.rings = self._ring_numbers(geometry, np.asarray(mask) != 0)
         self._statistics = RingStatistics(self.rings, self.params.sample_per_ring)
         self._pieces = _pieces(self.rings, self._panels)
@@ -154,7 +154,7 @@ class PeakFinder:
             )  # fmt: skip
             # A frame with more peaks than fit is searched once more, so that the strongest are kept.
             capacity = n_found
-        return _as_table(rows[:n_found], p.max_peaks)
+        return as_table(rows[:n_found], p.max_peaks)
 
     def thresholds(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, upper) of each whole-pixel radius, counts, float64; upper is inf where none is usable."""
@@ -172,13 +172,8 @@ class PeakFinder:
         return used
 
     def largest(self, dtype: np.dtype) -> float:
-        """Largest count to use; below the unsigned maximum, which detectors use as a mark."""
-        ceiling = float(np.iinfo(dtype).max) - 1.0 if dtype.kind == "u" else np.inf
-        if dtype == np.uint64:
-            ceiling = float(2**53)
-        if dtype.kind == "i":
-            ceiling = float(np.iinfo(dtype).max) if dtype.itemsize < 8 else float(2**53)
-        return ceiling if self.params.saturation is None else min(ceiling, float(self.params.saturation))
+        """Largest count to use."""
+        return largest_count(dtype, self.params.saturation)
 
     def _ring_numbers(self, geometry: Geometry, mask: np.ndarray) -> np.ndarray:
         """(slow, fast) uint16: 1 + whole-pixel radius; 0 where masked, outside the limits or off every panel."""
@@ -193,7 +188,17 @@ class PeakFinder:
         return rings
 
 
-def _panel_bounds(geometry: Geometry, shape: tuple[int, ...]) -> np.ndarray:
+def largest_count(dtype: np.dtype, saturation: float | None) -> float:
+    """Largest count to use; below the unsigned maximum, which detectors use as a mark."""
+    ceiling = float(np.iinfo(dtype).max) - 1.0 if dtype.kind == "u" else np.inf
+    if dtype == np.uint64:
+        ceiling = float(2**53)
+    if dtype.kind == "i":
+        ceiling = float(np.iinfo(dtype).max) if dtype.itemsize < 8 else float(2**53)
+    return ceiling if saturation is None else min(ceiling, float(saturation))
+
+
+def panel_bounds(geometry: Geometry, shape: tuple[int, ...]) -> np.ndarray:
     """(panel, 4) int64: y0, y1, x0, x1 of each panel in the frame's array."""
     bounds = []
     for panel in geometry.panels:
@@ -254,7 +259,8 @@ def _least_of_ranges(limit):
     return least
 
 
-def _as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:
+def as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:
+    """Rows (n, 8) in the order of PEAK_DTYPE as a table, sorted by y then x; of too many the strongest by SNR."""
     if len(rows) > max_peaks:
         rows = rows[np.argsort(-rows[:, 3], kind="stable")[:max_peaks]]
     rows = rows[np.lexsort((rows[:, 0], rows[:, 1]))]

@@ -28,7 +28,7 @@ __all__ = ["Export", "Recipe", "RefineDetector", "Sample", "StepSpec", "crystall
 
 
 # Binning and the peak search see every frame, what comes behind them the hits only.
-_GROUPS = {"bin": "peaks", "find_peaks": "peaks"}
+_GROUPS = {"bin": "peaks", "find_peaks": "peaks", "find_peaks_dispersion": "peaks"}
 
 
 class Sample(Model):

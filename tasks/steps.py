@@ -29,6 +29,7 @@ from storage.step_store import Tables
 from tasks import (
     bin_frames,
     chunk_frames,
+    find_dispersed_peaks,
     find_peaks,
     index_frame,
     refine_lattice,
@@ -45,6 +46,7 @@ from tasks.chunk_frames import ChunkFrames
 from tasks.engines import Engine, EngineJob, dials_stills, indexamajig
 from tasks.engines import engine as engine_module
 from tasks.engines.engine import flat_geometry, spots_where_rays_enter
+from tasks.find_dispersed_peaks import DispersionFinder, DispersionParams
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Crystal, Indexer, IndexParams
 from tasks.integrate_spots import Integration, IntegrationParams, integrate_spots
@@ -65,12 +67,13 @@ from tasks.unit_cell import UnitCell
 __all__ = [
     "STEPS",
     "BinParams",
+    "FindDispersedPeaksParams",
     "FindPeaksParams",
     "IntegrateParams",
 ]
 
 _KEEP_FINDERS = 2
-P = TypeVar("P", PeakParams, IntegrationParams)
+P = TypeVar("P", PeakParams, DispersionParams, IntegrationParams)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,16 @@ class BinParams:
 @dataclass(frozen=True)
 class FindPeaksParams(PeakParams):
     """Peak search, and what makes a frame a hit.
+
+    min_peaks : a frame with at least so many peaks is a hit.
+    """
+
+    min_peaks: int = 15
+
+
+@dataclass(frozen=True)
+class FindDispersedPeaksParams(DispersionParams):
+    """Peak search by variance, and what makes a frame a hit.
 
     min_peaks : a frame with at least so many peaks is a hit.
     """
@@ -131,8 +144,18 @@ def bin_work(chunk: ChunkFrames, params: BinParams) -> FrameWork:
 
 def find_peaks_work(chunk: ChunkFrames, params: FindPeaksParams) -> FrameWork:
     """Peaks of each frame, and whether it is a hit."""
-    finder = _finder_for(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk))
+    return _peak_work(chunk, _finder_for(chunk.geometry, chunk.mask, _kernel_params(params, PeakParams, chunk)), params)
 
+
+def find_dispersed_peaks_work(chunk: ChunkFrames, params: FindDispersedPeaksParams) -> FrameWork:
+    """The same, by the variance of each pixel's neighbourhood."""
+    finder = DispersionFinder(chunk.geometry, chunk.mask, _kernel_params(params, DispersionParams, chunk))
+    return _peak_work(chunk, finder, params)
+
+
+def _peak_work(
+    chunk: ChunkFrames, finder: PeakFinder | DispersionFinder, params: FindPeaksParams | FindDispersedPeaksParams
+) -> FrameWork:
     def gather(tables: list[np.ndarray]) -> Tables:
         n_peaks = np.array([len(t) for t in tables], np.int64)
         peaks = np.concatenate(tables) if tables else np.empty(0, find_peaks.PEAK_DTYPE)
@@ -331,6 +354,9 @@ def _engine_step(engine: Engine, *modules: ModuleType) -> Step:
 STEPS: dict[str, Step] = {
     "bin": _frame_step(BinParams, bin_work, (bin_frames,)),
     "find_peaks": _frame_step(FindPeaksParams, find_peaks_work, (find_peaks, ring_statistics)),
+    "find_peaks_dispersion": _frame_step(
+        FindDispersedPeaksParams, find_dispersed_peaks_work, (find_dispersed_peaks, find_peaks)
+    ),
     "index": Step(
         IndexParams, run_index, (index_frame, search_lattice, refine_lattice, unit_cell, *_SHARED), needs_cell=True
     ),

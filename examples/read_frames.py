@@ -12,6 +12,6 @@ run = nearline.open(sys.argv[1])
 detector = run.detector
 print(f"{run.name} is {run.state}, {len(detector)} frames so far")
 for frame in detector.follow():
-    usable = frame.data if detector.pixel_mask is None else frame.data[detector.pixel_mask == 0]
+    usable = frame.image if detector.pixel_mask is None else frame.image[detector.pixel_mask == 0]
     print(f"frame {frame.frame_index}: mean {usable.mean():.3f} counts, {frame.blob.nbytes} bytes compressed")
 print("the ledger balances" if detector.ledger().is_balanced else detector.ledger().problems)

@@ -14,12 +14,13 @@ from flows.comparison import Comparison, compare_processings
 from flows.progress import RunTotals
 from flows.run_processing import new_manifest
 from storage.errors import StreamNotFound
+from storage.geometry_snapshot import GeometrySnapshot
 from storage.promotion import default_processing
 from storage.run_folder import ChunkCommit
 from storage.step_store import Processing, find_processings
 from streaming.retrieval import Chunk, Run, Stream
 from tasks.chunk_job import ChunkJob
-from tasks.recipe import Recipe
+from tasks.recipe import Recipe, load_recipe
 
 __all__ = ["compare_canary", "newest_chunks", "process_chunks", "try_recipe"]
 
@@ -105,11 +106,14 @@ def process_chunks(
 ) -> tuple[Processing, dict[str, Any]]:
     """Carry out a recipe on some chunks as a canary; it and its summary."""
     started = time.perf_counter()
+    geometries = _refined_of(run, stream, recipe)
     canary, claim = _create(run, stream, recipe, (chunks[0].start, chunks[-1].stop), flow_run)
     totals = RunTotals()
     try:
+        for snapshot in geometries:
+            canary.add_geometry(snapshot)
         for chunk in chunks:
-            job = ChunkJob(str(run.folder), stream.name, recipe, chunk.commit, n_threads)
+            job = _job(run, stream, recipe, chunk.commit, n_threads, geometries)
             result = job.result(job.carry_out_all())
             canary.add_chunk(result.manifest)
             totals.add(result.manifest)
@@ -135,6 +139,34 @@ def process_chunks(
     finally:
         os.close(claim)
     return canary, summary
+
+
+def _refined_of(run: Run, stream: Stream, recipe: Recipe) -> list[GeometrySnapshot]:
+    """The geometry snapshots of the newest processing of the stream that began with the same detector values.
+
+    A canary is compared with the processing that runs: what that has found of the detector is no merit of a recipe.
+    """
+    for processing in reversed(list(run.processings.values())):
+        manifest = processing.manifest
+        is_its = manifest.part is None and manifest.data_source == stream.name
+        if is_its and load_recipe({"detector": manifest.recipe.get("detector") or {}}).detector == recipe.detector:
+            return processing.geometries()
+    return []
+
+
+def _job(
+    run: Run,
+    stream: Stream,
+    recipe: Recipe,
+    commit: ChunkCommit,
+    n_threads: int,
+    geometries: Sequence[GeometrySnapshot],
+) -> ChunkJob:
+    """The recipe on one chunk, with the detector as it was known for it."""
+    number = max((snapshot.number for snapshot in geometries if snapshot.from_chunk <= commit.chunk), default=0)
+    detector = geometries[number - 1].detector if number else recipe.detector
+    refined = recipe.model_copy(update={"detector": detector, "refine_detector": None})
+    return ChunkJob(str(run.folder), stream.name, refined, commit, n_threads, number)
 
 
 def _commits(stream: Stream) -> list[ChunkCommit]:

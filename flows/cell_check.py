@@ -28,6 +28,8 @@ _ENOUGH_HITS, _N_SEARCHED = 50, 40
 # Indexing does well when it indexes this share of the hits, and this share of the spots of a usual indexed frame.
 _INDEXED_HITS, _INDEXED_SPOTS = 0.6, 0.9
 _LAST_S = 60.0
+_COUNTED = frozenset(("frame_index", "n_indexed", "n_spots"))
+_INDEXERS = ("index", "index_dials", "index_indexamajig")
 
 
 class CellCheck:
@@ -47,8 +49,10 @@ class CellCheck:
             return
         self._n_hits += chunk.n_hits
         self._n_indexed += chunk.n_indexed
-        tables = [self._store.read(digest, "crystals") for digest in chunk.steps.values()]
-        self._shares += [indexed_share(table) for table in tables if table is not None and len(table)]
+        for digest in chunk.steps.values():
+            table = self._store.read(digest, "crystals")
+            if table is not None and len(table) and _COUNTED.issubset(table.column_names):
+                self._shares.append(indexed_share(table))
         if self._n_hits >= _ENOUGH_HITS and not self._does_well():
             self._thread = threading.Thread(target=self._search, args=(self._cell,), name="cell-check", daemon=True)
             self._thread.start()
@@ -60,7 +64,7 @@ class CellCheck:
         return self.words
 
     def _does_well(self) -> bool:
-        if self._n_indexed < _INDEXED_HITS * self._n_hits:
+        if self._n_indexed < _INDEXED_HITS * self._n_hits or not self._shares:
             return False
         return float(np.median(np.concatenate(self._shares))) >= _INDEXED_SPOTS
 
@@ -97,4 +101,5 @@ def indexed_share(crystals: pa.Table) -> np.ndarray:
 
 def _indexes(processing: Processing) -> bool:
     steps: Sequence[dict[str, str]] = processing.manifest.recipe.get("steps", ())
-    return any(step.get("use", "").startswith("index") for step in steps)
+    # Ours: a step of somebody's own may index in any sense of the word.
+    return any(step.get("use") in _INDEXERS for step in steps)

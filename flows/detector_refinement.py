@@ -1,6 +1,7 @@
 """Where the detector stands, from a processing that has indexed crystals: in numbers, in words, and as a picture."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from storage.models import DetectorHeader, Record
 from storage.panels import DetectorGeometry
 from storage.step_store import Processing
 from tasks.recipe import Recipe, load_recipe
-from tasks.refine_detector import DetectorRefinement, refine_detector
+from tasks.refine_detector import FEWEST_CRYSTALS, DetectorRefinement, refine_detector
 from tasks.refine_panels import CrystalSpots, PanelShift
 from tasks.step_tables import read_crystal, rows_by_frame
 from tasks.unit_cell import UnitCell
@@ -80,13 +81,13 @@ class DetectorFindings(Record):
 
 
 def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefinement]:
-    """Refine the detector's place from all crystals of a processing, or those of its newest geometry snapshot.
+    """Refine the detector's place from all crystals of a processing, or of its newest geometry that has enough.
 
     Raises
     ------
     BadRecipe : it has no crystals, or too few, or no cell.
     """
-    geometry = max((chunk.geometry for chunk in processing.chunks()), default=0)
+    geometry = _newest_with_crystals(processing)
     header, cell = header_of(processing, geometry), cell_of(processing)
     if cell is None:
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
@@ -117,7 +118,7 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
 def write_recipe(processing: Processing, findings: DetectorFindings, found: DetectorRefinement, path: Path) -> None:
     """The processing's recipe with the beam centre, or the panels, as found, to reprocess with."""
     recipe = _newest_recipe(processing)
-    refined = recipe.model_copy(update={"detector": refined_values(recipe, found)})
+    refined = recipe.model_copy(update={"detector": refined_values(recipe, found), "refine_detector": None})
     content = refined.model_dump(mode="json", exclude_defaults=True)
     what = "panels" if found.moved else "beam centre"
     head = f"# {findings.run}:{findings.processing} with the {what} of its {findings.n_crystals} crystals\n"
@@ -247,6 +248,15 @@ def _words_of_panels(found: DetectorRefinement) -> Iterator[str]:
         yield "write the panels found with --geometry or --write, and reprocess with them"
     elif found.panels and not few:
         yield f"all {len(found.panels)} panels are where they were taken to be, within three standard deviations"
+
+
+def _newest_with_crystals(processing: Processing) -> int:
+    """The newest geometry snapshot with crystals for a refinement; the one with most of them where none has enough."""
+    n_indexed: Counter[int] = Counter()
+    for chunk in processing.chunks():
+        n_indexed[chunk.geometry] += chunk.n_indexed
+    enough = [number for number, n in n_indexed.items() if n >= FEWEST_CRYSTALS]
+    return max(enough) if enough else max(n_indexed, key=lambda number: n_indexed[number], default=0)
 
 
 def _crystals(processing: Processing, cell: UnitCell, geometry: int) -> Iterator[CrystalSpots]:

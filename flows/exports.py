@@ -238,8 +238,8 @@ def export_stream(
     Parameters
     ----------
     path : of the file; with ``frames_per_file`` of its master.
-    processing : export only the hits of this processing, with the detector as its recipe has it; all frames without
-        it, with the detector as it described itself.
+    processing : export only the hits of this processing, with the detector as its recipe has it, or its newest
+        geometry snapshot; all frames without it, with the detector as it described itself.
     progress : called with (frames done, frames in all).
 
     Returns

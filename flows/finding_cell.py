@@ -24,7 +24,7 @@ from storage.step_store import Processing
 from streaming.retrieval import Run, Stream
 from tasks.agree_on_cell import AgreedCell, agree_on_cell
 from tasks.bravais import BravaisLattice
-from tasks.chunk_frames import usable_mask
+from tasks.chunk_frames import trustworthy, usable_mask
 from tasks.chunk_job import analysis_header
 from tasks.find_cell import FoundLattice, distance_scale, find_lattice
 from tasks.find_peaks import PEAK_DTYPE, PeakFinder, PeakParams
@@ -225,7 +225,7 @@ def _searched_stills(
 ) -> tuple[list[StillSpots], int]:
     """The first hits of a stream by the default peak search, and how many frames that took."""
     geometry, header = stream.geometry, stream.header
-    saturation = header.detector.saturation_value if header.detector else None
+    saturation = trustworthy(header.detector.saturation_value if header.detector else None, header)
     params = PeakParams(saturation=float(saturation) if saturation is not None else None)
     finder = PeakFinder(geometry, usable_mask(stream.pixel_mask, header.image_shape, None), params)
 

@@ -44,6 +44,10 @@ def frame_figure(
 ) -> Figure:
     """The same, not written yet."""
     factor = max(1, -(-frame.shape[1] // _WIDTH_PX))
+    if frame.dtype.kind == "f":
+        # Whole counts are enough for a picture, and what sums pixels takes no others.
+        mask = (mask != 0) | ~np.isfinite(frame)
+        frame = np.rint(np.clip(np.where(np.isfinite(frame), frame, 0), 0, 2**31 - 1)).astype(np.uint32)
     sums, _ = bin_frame(frame, mask, factor, None)
     image = np.where(sums == MARKED, np.nan, sums / factor**2)
     # No pyplot: it keeps figures for a whole process, and runs are processed in several threads.

@@ -138,18 +138,26 @@ class _Replay:
                 self._differ("parameter", f"the recipe has no step {step.name!r}")
                 return None
             specs.append(chosen or StepSpec(use=step.use, name=step.name, params=step.params))
+        refined = self._refined_detector()
         if instead is not None:
-            return instead.model_copy(update={"steps": tuple(specs)})
+            is_same = instead.detector == load_recipe({"detector": dict(content.get("detector") or {})}).detector
+            changes = {"detector": refined} if refined is not None and is_same else {}
+            return instead.model_copy(update={"steps": tuple(specs), **changes})
         # A mask file is looked at in `_mask`; it need not be there for the recipe to be read.
         content |= {"steps": [s.model_dump() for s in specs], "mask": None, "mask_digest": None}
-        if self._chunk.geometry:
-            content["detector"] = dict(self._processing.geometries()[self._chunk.geometry - 1].detector)
+        if refined is not None:
+            content["detector"] = refined
         try:
             self._check_manifest(load_recipe(dict(manifest.recipe) | {"mask": None}), manifest.recipe_digest)
             return load_recipe(content)
         except (NearlineError, ValueError) as error:
             self._differ("code", f"the recorded recipe cannot be carried out here: {error}")
             return None
+
+    def _refined_detector(self) -> dict[str, Any] | None:
+        """The detector values of the geometry snapshot that the chunk was analysed with; None for the recipe's."""
+        number = self._chunk.geometry
+        return dict(self._processing.geometries()[number - 1].detector) if number else None
 
     def _check_manifest(self, recipe: Recipe, recorded: str) -> None:
         given = {s.name: s.params for s in recipe.steps}

@@ -276,12 +276,12 @@ def usual_d_min(processing: Processing) -> float:
 def header_of(processing: Processing, geometry: int | None = None) -> StreamHeader:
     """The stream's header as a processing took it: with what its recipe corrects of the detector.
 
-    geometry : number of a geometry snapshot, 0 for what the recipe says; by default the newest there is.
+    geometry : number of a geometry snapshot, 0 for what the recipe says; by default that of the last chunk.
     """
     header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
     values = processing.manifest.recipe.get("detector") or {}
-    if geometry != 0 and (snapshots := processing.geometries()):
-        values = (snapshots[-1] if geometry is None else snapshots[geometry - 1]).detector
+    if number := processing.newest_geometry if geometry is None else geometry:
+        values = processing.geometries()[number - 1].detector
     recipe = load_recipe({"detector": dict(values)})
     return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
 

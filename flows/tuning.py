@@ -16,7 +16,7 @@ from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.models import Record
 from streaming.retrieval import Run, Stream
-from tasks.chunk_frames import usable_mask
+from tasks.chunk_frames import trustworthy, usable_mask
 from tasks.chunk_job import analysis_header, analysis_mask
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.recipe import Recipe, load_recipe
@@ -96,7 +96,7 @@ def tune(
     assert header.detector is not None
     shape = (header.image_shape[0], header.image_shape[1])
     geometry, mask = Geometry.from_header(header.detector, shape), analysis_mask(stream, loaded)
-    before = _params(loaded, header.detector.saturation_value)
+    before = _params(loaded, trustworthy(header.detector.saturation_value, header))
     survey = PixelSurvey(geometry, mask, before)
     indices = _spread(stream, n_frames)
     for n_done, frame in enumerate(_frames(stream, indices), 1):
@@ -138,6 +138,11 @@ def tune(
 
 def _require_whole_frames(recipe: Recipe) -> None:
     uses = [step.use for step in recipe.steps]
+    if "find_peaks_dispersion" in uses:
+        raise BadRecipe(
+            f"recipe {recipe.name} searches peaks with find_peaks_dispersion, and what is tuned here are thresholds of "
+            "find_peaks; tune a recipe that uses that one"
+        )
     before = recipe.steps[: uses.index("find_peaks")] if "find_peaks" in uses else []
     if any(step.use == "bin" and step.params.get("feed_next") for step in before):
         raise BadRecipe(

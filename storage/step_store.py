@@ -331,6 +331,12 @@ class Processing:
         paths = sorted((self.folder / "geometry").glob("[0-9]*.json"))
         return [parse_file(GeometrySnapshot, path) for path in paths]
 
+    @property
+    def newest_geometry(self) -> int:
+        """Number of the geometry snapshot that its last chunk was analysed with; 0 is the recipe's."""
+        paths = sorted((self.folder / "chunks").glob("[0-9]*.json"))
+        return parse_file(ChunkManifest, paths[-1]).geometry if paths else 0
+
     def geometry_file(self, number: int, suffix: str = ".geom") -> Path:
         """Where a snapshot is kept for other programs."""
         return self._geometry_path(number).with_suffix(suffix)

@@ -131,7 +131,7 @@ class Connection:
         self._last_id += 1
         request.id = self._last_id
         if not self._asked:
-            self._heard_at = time.monotonic()  # nothing was awaited before
+            self._heard_at, self._absent_since = time.monotonic(), None  # nothing was awaited before
         asked = self._asked[request.id] = _Asked(request, payload or [])
         self._transmit(asked)
         return self._last_id

@@ -17,7 +17,7 @@ from storage.geometry import Geometry
 from storage.models import DetectorHeader, StreamHeader
 from tasks.bin_frames import Binner, binned_header
 
-__all__ = ["ChunkFrames", "usable_mask"]
+__all__ = ["ChunkFrames", "trustworthy", "usable_mask"]
 
 T = TypeVar("T")
 # NXmx: analysis skips a pixel when any of these bits is set; bit 31 (virtual pixel) is no reason.
@@ -88,10 +88,7 @@ class ChunkFrames:
     @property
     def saturation_value(self) -> int | None:
         """Largest trustworthy count of an unbinned pixel."""
-        known = self.detector.saturation_value
-        if known is None and self.header.parts > 1:
-            return int(self.header.fill_value) - 1  # a part that never came is filled with what is above
-        return known
+        return trustworthy(self.detector.saturation_value, self.header)
 
     def unbinned(self, position: int) -> np.ndarray:
         """The frame at a position in the chunk as the detector took it, (slow, fast)."""
@@ -150,6 +147,14 @@ def _memory_of_thread(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if memory is None or memory.shape != tuple(shape) or memory.dtype != np.dtype(dtype):
         memory = _of_thread.memory = np.empty(shape, dtype)
     return memory
+
+
+def trustworthy(saturation_value: int | None, header: StreamHeader) -> int | None:
+    """The largest trustworthy count; of frames in parts below what a part that never came is filled with."""
+    is_counted = header.dtype and np.dtype(header.dtype).kind in "ui"
+    if saturation_value is None and header.parts > 1 and is_counted:
+        return int(header.fill_value) - 1
+    return saturation_value
 
 
 def usable_mask(pixel_mask: np.ndarray | None, shape: tuple[int, ...], user_mask: np.ndarray | None) -> np.ndarray:

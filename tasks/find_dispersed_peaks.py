@@ -101,7 +101,8 @@ class DispersionFinder:
             raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
         frame, p = np.ascontiguousarray(frame), self.params
         marks = self._marks()
-        largest = largest_count(frame.dtype, p.saturation)
+        # An infinite count would stay in the sums of all rows below it.
+        largest = min(largest_count(frame.dtype, p.saturation), float(np.finfo(np.float32).max))
         for y0, y1, x0, x1 in self._panels:
             _mark(frame, self._bad, marks, y0, y1, x0, x1, p.kernel, largest, p.threshold, p.gain, p.sigma_strong,
                   p.sigma_background)  # fmt: skip

@@ -18,10 +18,10 @@ from tasks.predict_spots import spots_as_seen
 from tasks.refine_panels import CrystalSpots, PanelShift, displaced, refine_panels
 from tasks.unit_cell import UnitCell
 
-__all__ = ["DetectorRefinement", "refine_detector"]
+__all__ = ["FEWEST_CRYSTALS", "DetectorRefinement", "refine_detector"]
 
 # Fewer crystals could agree by chance.
-_FEWEST_CRYSTALS = 10
+FEWEST_CRYSTALS = 10
 _FEWEST_SPOTS = 20
 _TOLERANCE = 0.25
 _REGIONS = 6
@@ -93,10 +93,8 @@ def refine_detector(
         shifts.append(np.array(one.crystal.shift) * detector.detector_distance / pixel)
         scales.append(_scale(one.crystal.cell, cell))
         residuals.append(_residuals(one, geometry))
-    if len(shifts) < _FEWEST_CRYSTALS:
-        raise BadRecipe(
-            f"{len(shifts)} crystals are too few to place a detector by; take frames for {_FEWEST_CRYSTALS}"
-        )
+    if len(shifts) < FEWEST_CRYSTALS:
+        raise BadRecipe(f"{len(shifts)} crystals are too few to place a detector by; take frames for {FEWEST_CRYSTALS}")
     shift, sigma = _middle(np.array(shifts))
     scale, scale_sigma = _middle(np.array(scales)[:, None])
     placed = np.concatenate(residuals)

@@ -109,10 +109,16 @@ def refine_lattice(q, U, B, shift, rows, strains, wavelength, radial_weight, tol
 
 @njit(cache=True, nogil=True)
 def nearest_indices(q, A, shift, wavelength):
-    """Nearest whole indices (n, 3) int64 of spots q in the lattice A, and the largest distance (n,) from them."""
+    """Nearest whole indices (n, 3) int64 of spots q in the lattice A, and the largest distance (n,) from them.
+
+    A spot that is nowhere, not-a-number, is infinitely far from all.
+    """
     inverse = np.linalg.inv(A)
     whole, off = np.empty((q.shape[0], 3), np.int64), np.zeros(q.shape[0])
     for j in range(q.shape[0]):
+        if not np.isfinite(q[j, 0] + q[j, 1] + q[j, 2]):
+            whole[j], off[j] = 0, np.inf
+            continue
         observed, _ = _shifted(q[j, 0], q[j, 1], q[j, 2], shift[0], shift[1], wavelength)
         for a in range(3):
             index = inverse[a, 0] * observed[0] + inverse[a, 1] * observed[1] + inverse[a, 2] * observed[2]
@@ -128,7 +134,7 @@ def agreement(q, A, shift, wavelength, limits):
 
     Returns the number of spots within each limit (k,); of those within the last, the sums of squares of what is left
     across the ray and along it, 1/Å², and the median of the largest index that is left across; and of all spots the
-    sum of squares of their length, 1/Å².
+    sum of squares of their length, 1/Å². Spots must be finite.
     """
     inverse = np.linalg.inv(A)
     n_within, blurred = np.zeros(limits.size, np.int64), np.empty(q.shape[0])

@@ -64,6 +64,15 @@ def test_settings_of_one_lattice_are_one(other, is_one):
     assert have_one_lattice(other, LYSOZYME) is is_one
 
 
+def test_steps_of_ones_own_are_not_looked_into(run):
+    """They may say "indexed" of anything, and make no crystals."""
+    recipe = {"steps": [{"use": "find_peaks"}, {"use": "tests.flows.own_steps:index_of_quality"}]}
+    recipe["sample"] = {"cell": LYSOZYME.parameters, "space_group": LYSOZYME.space_group}
+    recipe["export"] = {"nexus": "none", "crystfel": False}
+    summary = run_processing(ProcessRequest(run=str(run.path), recipe=recipe))
+    assert (summary["indexed"], summary["notes"]) == (0, [])
+
+
 @pytest.mark.parametrize("certainty", ["none", "tentative"])
 def test_what_is_unsure_is_not_said(certainty):
     found = CellReport(certainty=certainty, cell=(50, 60, 70, 90, 90, 90), space_group="P 2 2 2", lattice="any")

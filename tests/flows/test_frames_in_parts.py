@@ -187,3 +187,27 @@ def test_a_live_run_of_modules(tmp_path, simulator, frames, recipe, of):
         hits = run[f"eiger.hits@{summary['processing']}"]
         assert 0 < summary["hits"] < N_FRAMES
         assert len([frame for frame in hits if len(frame.raw_parts) == PARTS]) >= summary["hits"] - 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_other_numbers_than_the_detectors_come_in_parts_too(tmp_path, simulator, frames, dtype):
+    """Without a saturation value: a module that never came is no field of bright pixels."""
+    detector = simulator.header.model_copy(update={"saturation_value": None})
+    header = header_of(simulator, dtype=dtype, frames_per_chunk=8, planned=8, detector=detector)
+    folder = RunFolder.create(tmp_path, RunHeader(experiment="lyso", run=1, started_at=datetime.now(UTC)))
+    store = StreamStore.create(folder, header, pixel_mask=simulator.pixel_mask)
+    for index, part, array in modules_of(frames[:8]):
+        blob = encode(np.where(array == np.iinfo(array.dtype).max, 0, array).astype(dtype))
+        info = FrameInfo(
+            frame_index=index, part=part, size_bytes=len(blob), crc32c=blob_crc32c(blob), digest=blob_digest(blob)
+        )
+        store.append(info, blob)
+    store.finish(8, "not received")
+    store.close()
+    folder.add_event("run_finished", {"state": "incomplete", "cause": None, "ledgers": []})
+    content = {"steps": [{"use": "find_peaks"}], "export": {"nexus": "none", "crystfel": False}}
+    summary = run_processing(ProcessRequest(run=str(folder.path), recipe=content))
+    peaks = Processing(folder.path, summary["processing"]).peaks
+    of_torn = peaks.filter(peaks["frame_index"].to_numpy() == TORN)
+    assert len(peaks)
+    assert not len(of_torn) or of_torn["y"].to_numpy().max() < simulator.shape[0] / PARTS

@@ -6,7 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
-from flows.detector_refinement import detector_of
+from flows.canary import newest_chunks, process_chunks
+from flows.detector_refinement import detector_of, write_recipe
 from flows.explaining import explain
 from flows.merging import MergeRequest, merge_runs
 from flows.replaying import replay
@@ -163,6 +164,44 @@ def test_a_reflection_behind_it_is_explained_and_replayed(run, processed):
     done = replay(opened, explained)
     assert done.is_identical, done.differences
     assert not done.differences
+
+
+def test_another_parameter_is_the_only_difference_of_a_replay_with_it(run, processed, off_recipe):
+    opened = open_run(str(run.path))
+    frame = processed.table("reflections", geometry=1)["frame_index"][0].as_py()
+    content = dict(off_recipe)
+    content["steps"] = [
+        step | ({"params": {"inner": 4, "middle": 5, "outer": 7}} if step["use"] == "integrate" else {})
+        for step in content["steps"]
+    ]
+    done = replay(opened, explain(opened, frame, processing=processed.name), recipe=load_recipe(content))
+    assert {difference.kind for difference in done.differences} == {"parameter"}
+
+
+def test_a_canary_sees_the_detector_as_the_processing_knows_it(run, processed, off_recipe):
+    opened = open_run(str(run.path))
+    stream = opened["eiger"]
+    content = off_recipe | {"name": "tried out"}
+    chunks = newest_chunks(stream, minutes=10.0)
+    canary, _ = process_chunks(opened, stream, load_recipe(content), chunks)
+    for chunk in canary.chunks():
+        known = processed.chunk(chunk.chunk)
+        assert (chunk.geometry, chunk.steps) == (known.geometry, known.steps)
+    assert canary.newest_geometry == 1
+    assert header_of(canary).detector == header_of(processed).detector
+
+
+def test_a_snapshot_of_the_last_moment_does_not_keep_from_refining(run, off_recipe, truth, tmp_path):
+    """It has too few crystals of its own: those before it say where the detector is."""
+    late = RULE | {"lag": N_FRAMES // CHUNK - 4}
+    processing = process(run, off_recipe | {"refine_detector": late})
+    assert processing.newest_geometry == 1
+    assert len(processing.table("crystals", geometry=1)) < 10
+    findings, found = detector_of(processing)
+    assert found.n_crystals == len(processing.table("crystals", geometry=0))
+    assert findings.beam_center_x == pytest.approx(truth.beam_center_x, abs=0.06)
+    write_recipe(processing, findings, found, tmp_path / "better.yaml")
+    assert load_recipe(tmp_path / "better.yaml").refine_detector is None
 
 
 def test_its_provenance_names_the_crystals(run, processed):

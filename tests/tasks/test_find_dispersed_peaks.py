@@ -92,6 +92,12 @@ def test_what_cannot_be_used_is_no_peak_and_hides_none():
     assert [(round(float(p["x"])), round(float(p["y"]))) for p in found] == [(41, 41)]
 
 
+def test_infinite_counts_hide_nothing_below_them():
+    frame = quiet(dtype=np.float32)
+    frame[5, 10:30], frame[40:42, 20:22] = np.inf, 80
+    assert [(round(float(p["x"])), round(float(p["y"]))) for p in finder()(frame)] == [(21, 41)]
+
+
 def test_of_too_many_peaks_the_strongest_are_kept():
     frame = np.ones((60, 80), np.uint16)
     height = np.arange(60).reshape(6, 10) + 40

@@ -9,7 +9,7 @@ from storage.geometry import Geometry
 from storage.models import DetectorHeader
 from streaming.simulator.stills import StillPhysics, StillSimulator
 from tasks.find_peaks import PeakFinder, PeakParams
-from tasks.index_frame import Indexer, IndexParams
+from tasks.index_frame import Crystal, Indexer, IndexParams
 from tasks.refine_lattice import strain_basis
 from tasks.unit_cell import UnitCell, lattice_rotations, parameters_from_matrix, same_orientation
 
@@ -197,3 +197,13 @@ def edge_over_truth(simulator, header):
         assert same_orientation(crystal.A, truth.A.T, indexer.cell, 0.2)[0]
         edges.append(crystal.cell.a)
     return np.median(edges) / simulator.crystal.cell[0]
+
+
+def test_a_spot_that_is_nowhere_is_explained_by_no_lattice():
+    """Between panels a place has no scattering vector."""
+    cell = UnitCell(79.1, 79.1, 37.9, 90, 90, 90, "P 43 21 2")
+    crystal = Crystal(cell.B, cell, 9, 9, 1e-4, 1e-4, (0.0, 0.0), -20.0)
+    q = np.array([[np.nan, 0.0, 0.0], [0.02, 0.01, 0.0], [0.0, np.inf, 0.0]])
+    hkl, off = crystal.hkl(q, 1.0)
+    assert np.isinf(off).tolist() == [True, False, True]
+    assert hkl[[0, 2]].tolist() == [[0, 0, 0]] * 2

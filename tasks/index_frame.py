@@ -54,7 +54,7 @@ class IndexParams:
     min_fraction: float = 0.25
     tolerance: float = 0.25
     false_alarm: float = 1e-4
-    min_evidence: float = 0.3
+    min_evidence: float = 0.25
     max_lattices: int = 1
     n_search_spots: int = 80
     max_spots: int = 600

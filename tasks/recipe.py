@@ -296,4 +296,11 @@ def _check_step(step: StepSpec, recipe: Recipe) -> None:
 
 
 def _in_words(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+    return "; ".join(_problem(e["loc"], e["msg"], e.get("input")) for e in error.errors())
+
+
+def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
+    """What is wrong with a field, with its value where that is one and not told anyway: YAML reads ``off`` as False."""
+    words = f"{'.'.join(map(str, place)) or 'recipe'}: {message}"
+    is_one = isinstance(value, str | int | float) and len(repr(value)) <= 60 and repr(value) not in message
+    return f"{words}, not {value!r}" if is_one and "valid" in message else words

@@ -271,7 +271,8 @@ class Connection:
 
     def _is_absent(self, now: float) -> bool:
         """Whether nothing listens there now; ServiceUnavailable if so at every look for long."""
-        if is_reachable(self.address):
+        # Not longer than whoever wants to stop may wait; one look that is wrong counts for nothing.
+        if is_reachable(self.address, timeout_s=_POLL_MS / 1000):
             self._absent_since = None
             return False
         self._absent_since = now if self._absent_since is None else self._absent_since
@@ -321,13 +322,13 @@ class Client:
         return Connection(self.address, token=self._token, stop=stop)
 
 
-def is_reachable(address: str) -> bool:
+def is_reachable(address: str, timeout_s: float = 2.0) -> bool:
     """Whether anything accepts connections there; answers at once where ZMQ would wait for ever."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not address.startswith("tcp://") or not port.isdecimal():
         raise ProtocolError(f"{address!r} is not a service address; write tcp://host:port")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=2.0):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
             return True
     except OSError:
         return False

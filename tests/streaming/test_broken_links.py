@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from storage.errors import ServiceUnavailable
 from streaming import client, wire
 from streaming.client import Connection
 from streaming.producer import Producer
@@ -134,6 +135,17 @@ def test_a_link_that_says_nothing_any_more_is_given_up(service, link, monkeypatc
         assert link.n_connections == 2
     finally:
         connection.close()
+
+
+def test_a_service_that_comes_and_goes_is_waited_for(connection, monkeypatch):
+    """Gone is who is away at every look for long, not who is away now and has long said nothing."""
+    looks = iter([False] * 4 + [True] + [False] * 4)
+    monkeypatch.setattr(client, "is_reachable", lambda address, timeout_s: next(looks))
+    times = [client._PATIENCE_S / 4 * n for n in range(9)]
+    assert [connection._is_absent(now) for now in times] == [True] * 4 + [False] + [True] * 4
+    monkeypatch.setattr(client, "is_reachable", lambda address, timeout_s: False)
+    with pytest.raises(ServiceUnavailable, match="no answer from a Nearline service"):
+        connection._is_absent(times[-1] + client._PATIENCE_S)
 
 
 def test_what_waits_at_the_service_waits_there_once(connection, link, service):

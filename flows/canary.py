@@ -13,6 +13,7 @@ from typing import Any
 from flows.comparison import Comparison, compare_processings
 from flows.progress import RunTotals
 from flows.run_processing import new_manifest
+from flows.run_tally import detector_values
 from storage.errors import StreamNotFound
 from storage.geometry_snapshot import GeometrySnapshot
 from storage.promotion import default_processing
@@ -20,7 +21,7 @@ from storage.run_folder import ChunkCommit
 from storage.step_store import Processing, find_processings
 from streaming.retrieval import Chunk, Run, Stream
 from tasks.chunk_job import ChunkJob
-from tasks.recipe import Recipe, load_recipe
+from tasks.recipe import Recipe
 
 __all__ = ["compare_canary", "newest_chunks", "process_chunks", "try_recipe"]
 
@@ -149,7 +150,7 @@ def _refined_of(run: Run, stream: Stream, recipe: Recipe) -> list[GeometrySnapsh
     for processing in reversed(list(run.processings.values())):
         manifest = processing.manifest
         is_its = manifest.part is None and manifest.data_source == stream.name
-        if is_its and load_recipe({"detector": manifest.recipe.get("detector") or {}}).detector == recipe.detector:
+        if is_its and detector_values(processing, 0) == recipe.detector:
             return processing.geometries()
     return []
 

@@ -17,6 +17,7 @@ from flows.run_tally import cell_of
 from storage.errors import NearlineError
 from storage.step_store import ChunkManifest, Processing, StepStore
 from streaming.retrieval import Run
+from tasks.step_tables import indexed_by_frame
 from tasks.unit_cell import UnitCell, have_one_lattice
 
 __all__ = ["CellCheck", "words_of_cell"]
@@ -94,9 +95,8 @@ def words_of_cell(found: CellReport, cell: UnitCell) -> str:
 
 def indexed_share(crystals: pa.Table) -> np.ndarray:
     """(n,) of each indexed frame, the share of its spots that its crystals explain."""
-    frames, first, n = np.unique(crystals["frame_index"].to_numpy(), return_index=True, return_counts=True)
-    indexed = np.add.reduceat(crystals["n_indexed"].to_numpy(), first) if len(frames) else np.empty(0)
-    return np.asarray(indexed / np.maximum(crystals["n_spots"].to_numpy()[first], 1)) if len(n) else np.empty(0)
+    _, first, n_indexed = indexed_by_frame(crystals)
+    return np.asarray(n_indexed / np.maximum(crystals["n_spots"].to_numpy()[first], 1))
 
 
 def _indexes(processing: Processing) -> bool:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from flows.run_tally import cell_of, header_of
+from flows.run_tally import cell_of, detector_values, header_of
 from storage.crystfel import geometry_file
 from storage.errors import BadRecipe
 from storage.files import replace
@@ -154,9 +154,9 @@ def refined_values(recipe: Recipe, found: DetectorRefinement) -> dict[str, float
 
 
 def _newest_recipe(processing: Processing) -> Recipe:
-    """The recipe, with the detector values of the newest geometry snapshot."""
-    recipe, snapshots = load_recipe(dict(processing.manifest.recipe)), processing.geometries()
-    return recipe.model_copy(update={"detector": snapshots[-1].detector}) if snapshots else recipe
+    """The recipe, with the detector values of the newest geometry that was in force."""
+    recipe = load_recipe(dict(processing.manifest.recipe))
+    return recipe.model_copy(update={"detector": detector_values(processing)})
 
 
 def _moved(recipe: Recipe, found: DetectorRefinement) -> DetectorGeometry:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from flows.explaining import Explanation, chunk_of, key_of, rows_of
 from flows.record_provenance import modules_of
+from flows.run_tally import detector_values
 from storage.agents import environment_changes, read_environment
 from storage.errors import CorruptFrame, FrameMissing, NearlineError, RunNotFound
 from storage.frame import RawFrame, chunk_digest, has_digest
@@ -138,26 +139,19 @@ class _Replay:
                 self._differ("parameter", f"the recipe has no step {step.name!r}")
                 return None
             specs.append(chosen or StepSpec(use=step.use, name=step.name, params=step.params))
-        refined = self._refined_detector()
-        if instead is not None:
-            is_same = instead.detector == load_recipe({"detector": dict(content.get("detector") or {})}).detector
-            changes = {"detector": refined} if refined is not None and is_same else {}
-            return instead.model_copy(update={"steps": tuple(specs), **changes})
-        # A mask file is looked at in `_mask`; it need not be there for the recipe to be read.
-        content |= {"steps": [s.model_dump() for s in specs], "mask": None, "mask_digest": None}
-        if refined is not None:
-            content["detector"] = refined
         try:
+            used = detector_values(self._processing, self._chunk.geometry)
+            if instead is not None:
+                is_same = instead.detector == detector_values(self._processing, 0)
+                detector = used if is_same else instead.detector
+                return instead.model_copy(update={"steps": tuple(specs), "detector": detector})
+            # A mask file is looked at in `_mask`; it need not be there for the recipe to be read.
+            content |= {"steps": [s.model_dump() for s in specs], "mask": None, "mask_digest": None, "detector": used}
             self._check_manifest(load_recipe(dict(manifest.recipe) | {"mask": None}), manifest.recipe_digest)
             return load_recipe(content)
         except (NearlineError, ValueError) as error:
             self._differ("code", f"the recorded recipe cannot be carried out here: {error}")
             return None
-
-    def _refined_detector(self) -> dict[str, Any] | None:
-        """The detector values of the geometry snapshot that the chunk was analysed with; None for the recipe's."""
-        number = self._chunk.geometry
-        return dict(self._processing.geometries()[number - 1].detector) if number else None
 
     def _check_manifest(self, recipe: Recipe, recorded: str) -> None:
         given = {s.name: s.params for s in recipe.steps}

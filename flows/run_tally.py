@@ -14,9 +14,10 @@ import pyarrow as pa
 from flows.criteria import AGGREGATES, Quantity
 from flows.growing_merge import OF_SCALED, ChunkReflections, GrowingMerge
 from storage.errors import BadCriterion, BadFrame, DamagedFile, NearlineError, RunNotFound
-from storage.geometry import Geometry
+from storage.geometry import Geometry, override_detector
 from storage.models import DetectorHeader, StreamHeader
 from storage.names import run_key
+from storage.panels import DetectorGeometry
 from storage.promotion import read_promotion
 from storage.run_folder import RunFolder
 from storage.step_store import ChunkManifest, Processing, StepStore, find_processings, join_frames
@@ -29,6 +30,7 @@ __all__ = [
     "RunTally",
     "cell_of",
     "chosen_processing",
+    "detector_values",
     "geometry_of",
     "header_of",
     "runs_of_sample",
@@ -279,11 +281,15 @@ def header_of(processing: Processing, geometry: int | None = None) -> StreamHead
     geometry : number of a geometry snapshot, 0 for what the recipe says; by default that of the last chunk.
     """
     header = RunFolder.open(processing.run).stream_header(processing.manifest.data_source)
-    values = processing.manifest.recipe.get("detector") or {}
+    detector = override_detector(header.detector or DetectorHeader(), detector_values(processing, geometry))
+    return header.model_copy(update={"detector": detector})
+
+
+def detector_values(processing: Processing, geometry: int | None = None) -> dict[str, float | DetectorGeometry]:
+    """What a processing put in place of the detector's own values; ``geometry`` as for `header_of`."""
     if number := processing.newest_geometry if geometry is None else geometry:
-        values = processing.geometries()[number - 1].detector
-    recipe = load_recipe({"detector": dict(values)})
-    return header.model_copy(update={"detector": recipe.detector_header(header.detector)})
+        return dict(processing.geometries()[number - 1].detector)
+    return load_recipe({"detector": processing.manifest.recipe.get("detector") or {}}).detector
 
 
 def geometry_of(processing: Processing, geometry: int | None = None) -> Geometry:

@@ -20,6 +20,7 @@ __all__ = [
     "column_before",
     "crystal_matrix",
     "crystal_table",
+    "indexed_by_frame",
     "integration_tables",
     "read_crystal",
     "rows_by_frame",
@@ -93,6 +94,13 @@ def column_before(upstream: Upstream, name: str) -> np.ndarray:
         if name in tables.get("frames", {}).column_names:
             return tables["frames"][name].to_numpy()
     raise BadRecipe(f"a step needs the column {name!r}, but no step before it makes one; put find_peaks first")
+
+
+def indexed_by_frame(crystals: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each indexed frame of a crystals table: its index, its first row, and the spots that its crystals explain."""
+    index, first = np.unique(crystals["frame_index"].to_numpy(), return_index=True)
+    n_indexed = np.add.reduceat(crystals["n_indexed"].to_numpy(), first) if len(first) else np.empty(0, np.int64)
+    return index, first, n_indexed
 
 
 def rows_by_frame(table: pa.Table, frame_index: np.ndarray) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ from streaming.retrieval import Run
 from tasks.merge_crystals import BadMerge, MergeStatistics, MergeSums, merge_statistics
 from tasks.model_partiality import PartialityReport
 from tasks.scale_crystals import ScalingReport
+from tasks.step_tables import indexed_by_frame
 from tasks.unit_cell import UnitCell
 
 __all__ = ["CRYSTAL_COLUMNS", "Gathered", "RunPart", "gather"]
@@ -308,8 +309,7 @@ def _take_crystals(
     columns = [crystals[name].to_numpy() for name in (*_A, *CELL_NAMES)]
     spots, shifts = crystals["n_indexed"].to_numpy(), beam_shifts(crystals, part.detector)
     found.crystals.add(np.column_stack([*columns, _resolutions(crystals, quality), shifts, spots]))
-    index, first = np.unique(crystals["frame_index"].to_numpy(), return_index=True)
-    n_indexed = np.add.reduceat(spots, first)
+    index, _, n_indexed = indexed_by_frame(crystals)
     found.n_spots_indexed += int(n_indexed.sum())
     best = int(n_indexed.argmax())
     example = Example(float(n_indexed[best]), len(found.parts) - 1, int(index[best]))

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numba import njit
 
-from storage.errors import BadFrame, BadRecipe, ShapeMismatch
+from storage.errors import BadRecipe
 from storage.geometry import Geometry
-from tasks.find_peaks import as_table, largest_count, panel_bounds
+from tasks.find_peaks import check_pixel_counts, largest_count, panel_bounds, searchable, strongest
 
 __all__ = ["DispersionFinder", "DispersionParams"]
 
@@ -50,8 +50,7 @@ class DispersionParams:
     max_peaks: int = 4096
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_pix_count <= self.max_pix_count:
-            raise BadRecipe(f"pixel counts {self.min_pix_count} to {self.max_pix_count} hold none; order them, from 1")
+        check_pixel_counts(self.min_pix_count, self.max_pix_count)
         if not 1 <= self.kernel <= 50 or self.max_peaks < 1:
             raise BadRecipe(
                 f"kernel {self.kernel} and max_peaks {self.max_peaks} must be positive, the kernel 1 to 50 px"
@@ -95,29 +94,23 @@ class DispersionFinder:
         ------
         ShapeMismatch : the frame does not have the mask's shape. BadFrame : its dtype is none of counts.
         """
-        if frame.shape != self.shape:
-            raise ShapeMismatch(f"frame {frame.shape} and mask {self.shape} differ; make a finder for this detector")
-        if frame.dtype.kind not in "uif":
-            raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
-        frame, p = np.ascontiguousarray(frame), self.params
+        frame, p = searchable(frame, self.shape), self.params
         marks = self._marks()
         # An infinite count would stay in the sums of all rows below it.
         largest = min(largest_count(frame.dtype, p.saturation), float(np.finfo(np.float32).max))
         for y0, y1, x0, x1 in self._panels:
             _mark(frame, self._bad, marks, y0, y1, x0, x1, p.kernel, largest, p.threshold, p.gain, p.sigma_strong,
                   p.sigma_background)  # fmt: skip
-        capacity, n_found = 4 * p.max_peaks, 1
-        rows = np.empty((0, 8))
-        while n_found > len(rows):
-            rows = np.empty((capacity, 8))
-            n_found = _gather(
+
+        def search(rows: np.ndarray) -> int:
+            found: int = _gather(
                 frame, self._bad, marks, self._panels, largest, p.min_pix_count, p.max_pix_count, 2 * p.kernel, rows
             )
-            # A frame with more peaks than fit is gone through once more, so that the strongest are kept.
-            if n_found > capacity:
-                np.minimum(marks, 1, out=marks)
-            capacity = n_found
-        return as_table(rows[:n_found], p.max_peaks)
+            if found > len(rows):
+                np.minimum(marks, 1, out=marks)  # it will be gone through once more
+            return found
+
+        return strongest(search, p.max_peaks)
 
     def _marks(self) -> np.ndarray:
         """(slow, fast) uint8, this thread's own: 1 for a pixel that stands out, 2 once it belongs to a peak."""

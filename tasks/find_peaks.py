@@ -13,6 +13,7 @@ pixel, with the same result as if all were.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,16 @@ from storage.errors import BadFrame, BadRecipe, ShapeMismatch
 from storage.geometry import Geometry
 from tasks.ring_statistics import RingStatistics
 
-__all__ = ["PEAK_DTYPE", "PeakFinder", "PeakParams", "as_table", "largest_count", "panel_bounds"]
+__all__ = [
+    "PEAK_DTYPE",
+    "PeakFinder",
+    "PeakParams",
+    "check_pixel_counts",
+    "largest_count",
+    "panel_bounds",
+    "searchable",
+    "strongest",
+]
 
 PEAK_DTYPE = np.dtype(
     [
@@ -71,8 +81,7 @@ class PeakParams:
     sample_per_ring: int = 200
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_pix_count <= self.max_pix_count:
-            raise BadRecipe(f"pixel counts {self.min_pix_count} to {self.max_pix_count} hold none; order them, from 1")
+        check_pixel_counts(self.min_pix_count, self.max_pix_count)
         if self.min_snr <= 0 or not 1 <= self.local_bg_radius <= 50 or self.max_peaks < 1:
             raise BadRecipe(
                 f"min_snr {self.min_snr}, local_bg_radius {self.local_bg_radius} and max_peaks {self.max_peaks} "
@@ -134,27 +143,21 @@ class PeakFinder:
         ------
         ShapeMismatch : the frame does not have the mask's shape.
         """
-        if frame.shape != self.shape:
-            raise ShapeMismatch(f"frame {frame.shape} and mask {self.shape} differ; make a finder for this detector")
-        if frame.dtype.kind not in "uif":
-            raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
-        frame = np.ascontiguousarray(frame)
+        frame = searchable(frame, self.shape)
         largest = self.largest(frame.dtype)
         mean, upper = self._thresholds(frame, largest)
         limit = _as_limits(upper, frame.dtype)
         least = _least_of_ranges(limit)
         p = self.params
-        capacity, n_found = 4 * p.max_peaks, 1
-        rows = np.empty((0, 8))
-        while n_found > len(rows):
-            rows = np.empty((capacity, 8))
-            n_found = _search(
+
+        def search(rows: np.ndarray) -> int:
+            found: int = _search(
                 frame, self.rings, self._panels, self._pieces, mean, limit, least, frame.dtype.type(largest),
                 self._used(), p.min_snr, p.min_pix_count, p.max_pix_count, p.local_bg_radius, rows,
             )  # fmt: skip
-            # A frame with more peaks than fit is searched once more, so that the strongest are kept.
-            capacity = n_found
-        return as_table(rows[:n_found], p.max_peaks)
+            return found
+
+        return strongest(search, p.max_peaks)
 
     def thresholds(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mean, upper) of each whole-pixel radius, counts, float64; upper is inf where none is usable."""
@@ -186,6 +189,34 @@ class PeakFinder:
             block[...] = np.where(usable, np.minimum(np.rint(radius), 65000) + 1, 0)
         rings[mask] = 0
         return rings
+
+
+def check_pixel_counts(least: int, most: int) -> None:
+    """BadRecipe if no peak has at least so many pixels and at most so many."""
+    if not 1 <= least <= most:
+        raise BadRecipe(f"pixel counts {least} to {most} hold none; order them, from 1")
+
+
+def searchable(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The frame, contiguous, if a finder for masks of ``shape`` can search it; else ShapeMismatch or BadFrame."""
+    if frame.shape != shape:
+        raise ShapeMismatch(f"frame {frame.shape} and mask {shape} differ; make a finder for this detector")
+    if frame.dtype.kind not in "uif":
+        raise BadFrame(f"cannot search {frame.dtype}; give integer counts or float32")
+    return np.ascontiguousarray(frame)
+
+
+def strongest(search: Callable[[np.ndarray], int], max_peaks: int) -> np.ndarray:
+    """A table of the strongest peaks of a search, which fills rows (n, 8) as far as they go and says how many it found.
+
+    A frame with more peaks than fit is searched once more.
+    """
+    rows = np.empty((4 * max_peaks, 8))
+    n_found = search(rows)
+    if n_found > len(rows):
+        rows = np.empty((n_found, 8))
+        n_found = search(rows)
+    return _as_table(rows[:n_found], max_peaks)
 
 
 def largest_count(dtype: np.dtype, saturation: float | None) -> float:
@@ -259,7 +290,7 @@ def _least_of_ranges(limit):
     return least
 
 
-def as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:
+def _as_table(rows: np.ndarray, max_peaks: int) -> np.ndarray:
     """Rows (n, 8) in the order of PEAK_DTYPE as a table, sorted by y then x; of too many the strongest by SNR."""
     if len(rows) > max_peaks:
         rows = rows[np.argsort(-rows[:, 3], kind="stable")[:max_peaks]]

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from flows import geometry_snapshots
 from flows.canary import newest_chunks, process_chunks
 from flows.detector_refinement import detector_of, write_recipe
 from flows.explaining import explain
@@ -19,11 +20,13 @@ from storage.crystfel import read_stream
 from storage.errors import BadRecipe
 from storage.geometry import Geometry
 from storage.geometry_formats import read_geometry, write_geometry
+from storage.models import DetectorHeader, StreamHeader
 from storage.provenance import provenance_of
-from storage.step_store import Processing
+from storage.step_store import ChunkManifest, Processing
 from streaming.retrieval import open_run
 from streaming.simulator import SimulatorSettings, StillPhysics, StillSimulator, make_frames
-from tasks.recipe import load_recipe
+from tasks.process_chunk import ChunkResult
+from tasks.recipe import RefineDetector, load_recipe
 from tests.flows import panels
 from tests.flows.stored_runs import store_run
 
@@ -254,6 +257,27 @@ def test_a_run_that_ends_before_its_snapshot_is_in_force(run, off_recipe, truth)
     findings, found = detector_of(processing)
     assert found.n_crystals == len(processing.crystals)
     assert findings.beam_center_x == pytest.approx(truth.beam_center_x, abs=0.06)
+
+
+def test_looks_are_at_twice_as_many_crystals_each_and_begin_anew(recipe, monkeypatch):
+    """So that all looks together cost some two of the last, and a drift is seen."""
+    looked_at = []
+
+    def too_few(found, *_):
+        looked_at.append(len(found))
+        raise BadRecipe("nothing to say")
+
+    monkeypatch.setattr(geometry_snapshots, "refine_detector", too_few)
+    monkeypatch.setattr(geometry_snapshots, "_spots_of", lambda result, cell: [None] * 5)
+    chunk = ChunkManifest(chunk=0, start=0, stop=1, chunk_digest="", steps={}, n_frames=1, n_hits=1, n_indexed=1)
+    watch = geometry_snapshots._Watch(RefineDetector(n_crystals=10), recipe)
+    header = StreamHeader(
+        experiment="a", run=1, data_source="e", shape=(2, 2), dtype="uint16", detector=DetectorHeader()
+    )
+    for _ in range(2 * 160 // 5):
+        if watch.is_due(ChunkResult(chunk, {})):
+            assert watch.snapshot(recipe, header, 1) is None
+    assert looked_at == [10, 20, 40, 80, 160] * 2
 
 
 def test_a_detector_where_it_says_is_left_alone(run, recipe):

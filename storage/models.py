@@ -36,6 +36,7 @@ __all__ = [
     "RunState",
     "SeriesHeader",
     "StreamHeader",
+    "field_problem",
 ]
 
 SCHEMA_VERSION = 1
@@ -46,6 +47,16 @@ DTYPES = (
 MOST_PLANNED = 1 << 53
 # The shard index has 16 bytes for each frame of a chunk, in memory while it is sealed.
 MOST_FRAMES_PER_CHUNK = 100_000
+
+
+def field_problem(field: str, message: str, value: Any) -> str:
+    """What is wrong with a field of a file, with its value where that is short and not told anyway.
+
+    The value helps: YAML reads ``off`` as False. message : pydantic's.
+    """
+    message, shown = message.removeprefix("Value error, "), repr(value)
+    is_told = isinstance(value, dict) or len(shown) > 80 or shown in message
+    return f"{field}: {message}" if is_told else f"{field} is {shown}: {message}"
 
 
 class Model(BaseModel):

@@ -18,7 +18,7 @@ from storage.errors import BadGeometry, BadRecipe, ShapeMismatch
 from storage.geometry import override_detector
 from storage.geometry_formats import read_geometry
 from storage.masks import array_digest
-from storage.models import DetectorHeader, Model
+from storage.models import DetectorHeader, Model, field_problem
 from storage.panels import DetectorGeometry
 from tasks.steps import STEPS
 from tasks.unit_cell import UnitCell, read_cell
@@ -296,11 +296,6 @@ def _check_step(step: StepSpec, recipe: Recipe) -> None:
 
 
 def _in_words(error: ValidationError) -> str:
-    return "; ".join(_problem(e["loc"], e["msg"], e.get("input")) for e in error.errors())
-
-
-def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
-    """What is wrong with a field, with its value where that is one and not told anyway: YAML reads ``off`` as False."""
-    words = f"{'.'.join(map(str, place)) or 'recipe'}: {message}"
-    is_one = isinstance(value, str | int | float) and len(repr(value)) <= 60 and repr(value) not in message
-    return f"{words}, not {value!r}" if is_one and "valid" in message else words
+    return "; ".join(
+        field_problem(".".join(map(str, e["loc"])) or "recipe", e["msg"], e.get("input")) for e in error.errors()
+    )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from flows.experiment.model import Experiment
 from storage.errors import BadExperiment
+from storage.models import field_problem
 
 __all__ = ["load_experiment", "read_mapping", "with_cell_file"]
 
@@ -95,10 +96,7 @@ def _problem(error: dict[str, Any], content: dict[str, Any]) -> str:
         return f"{field}: there is no such field; there are {known}"
     if kind == "missing":
         return f"{field}: missing; add it"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    shown = repr(value)
-    is_told = not place or isinstance(value, dict) or len(shown) > 80 or shown in message
-    return f"{field}: {message}" if is_told else f"{field} is {shown}: {message}"
+    return field_problem(field, str(error["msg"]), value)
 
 
 def _fields_at(place: tuple[Any, ...]) -> list[str]:

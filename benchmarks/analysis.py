@@ -15,6 +15,7 @@ from storage.models import StreamHeader
 from storage.run_folder import ChunkCommit
 from tasks.bin_frames import Binner
 from tasks.chunk_frames import ChunkFrames, usable_mask
+from tasks.find_dispersed_peaks import DispersionFinder, DispersionParams
 from tasks.find_peaks import PeakFinder, PeakParams
 from tasks.index_frame import Crystal, Indexer
 from tasks.integrate_spots import IntegrationParams, integrate_spots
@@ -97,6 +98,7 @@ def _of_frames(options: Options, size: str) -> list[Figure]:
         raise RuntimeError(f"the {size} hit was not indexed, or the blank is no blank: nothing to measure")
     saturation = frames.simulator.header.saturation_value
     halves, quarters = (Binner(verdict.mask, factor, saturation) for factor in (2, 4))
+    dispersed = DispersionFinder(verdict.geometry, verdict.mask, DispersionParams(saturation=saturation))
     n = options.choose(1, 3)
     t = interleave(
         {
@@ -106,6 +108,7 @@ def _of_frames(options: Options, size: str) -> list[Figure]:
             "bin 4 × 4": clock(lambda: quarters(bright), n),
             "find_peaks, blank": clock(lambda: verdict.find(dark), n),
             "find_peaks, hit": clock(lambda: verdict.find(bright), n),
+            "find_peaks_dispersion, hit": clock(lambda: dispersed(bright), n),
             "index, hit": clock(lambda: verdict.index(q, peaks["intensity"]), n),
             "integrate, hit": clock(lambda: verdict.integrate(bright, crystals[0], q), n),
             "bytes to verdict, blank": clock(lambda: verdict(frames.blob(blank)), n),

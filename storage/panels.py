@@ -49,7 +49,8 @@ class DetectorGeometry(BaseModel):
     panels: tuple[Panel, ...] = Field(min_length=1)
     wavelength: float | None = Field(None, gt=0, description="Å; None where the file leaves it open")
     distance: float | None = Field(
-        None, ge=0, description="m, as the file states it; None where the panels' z has yet to be added to a distance"
+        None,
+        description="m, 0 or more, as the file states it; None where the panels' z has yet to be added to a distance",
     )
     sensor_thickness: float | None = Field(None, ge=0, description="m")
     sensor_material: str | None = None
@@ -58,6 +59,16 @@ class DetectorGeometry(BaseModel):
     )
     groups: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="rigid groups: names of panels")
     notes: tuple[str, ...] = Field((), description="what a reader should know, in words")
+
+    @field_validator("distance")
+    @classmethod
+    def _ahead(cls, distance: float | None) -> float | None:
+        if distance is not None and distance < 0:
+            raise ValueError(
+                f"the beam meets the plane of the detector {-distance:g} m behind the sample; check its rotations and "
+                "distance"
+            )
+        return distance
 
     @field_validator("panels")
     @classmethod

@@ -9,7 +9,7 @@ from bz2 import decompress
 import numpy as np
 import pyFAI.detectors
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyFAI.geometry import Geometry as PyfaiGeometry
 
@@ -92,9 +92,18 @@ def test_panels_come_back_wherever_they_stand(tmp_path_factory, first, second, a
 @given(tilt=tilts, at=places)
 def test_a_flat_detector_comes_back_from_a_poni(tmp_path_factory, tilt, at):
     geometry = Geometry((panel("p0", tilt, at, (64, 100)),), WAVELENGTH)
+    assume(geometry.distance >= 0)
     path = tmp_path_factory.mktemp("geometry") / "any.poni"
     write_geometry(path, geometry)
     assert_same(read_geometry(path), geometry)
+
+
+def test_a_detector_whose_plane_is_behind_the_sample_is_refused(tmp_path):
+    """Near, far aside and turned away: the direct beam never meets it, and there is no distance to state."""
+    geometry = Geometry((panel("p0", (0.0, -21.0, -4.0), (0.125, -0.125, 0.05078125), (64, 100)),), WAVELENGTH)
+    write_geometry(tmp_path / "any.poni", geometry)
+    with pytest.raises(BadGeometry, match=r"the beam meets the plane of the detector 0\.00\d+ m behind the sample"):
+        read_geometry(tmp_path / "any.poni")
 
 
 @pytest.mark.parametrize("suffix", [".geom", ".expt"])

@@ -3,6 +3,9 @@
 Both programs measure from the outer corner of the first pixel and use the same laboratory frame (z along the beam, y
 up), so nothing is shifted or mirrored. Lengths are in pixels of 1/res, ``clen`` and ``coffset`` in m.
 
+Where ``dim`` lines give each module a number of its own (data of an axis more), the modules of a frame lie one below
+the other in that order, as the parts of a frame do.
+
 Source: crystfel_geometry(5).
 """
 
@@ -30,6 +33,7 @@ _PANEL_KEYS: Mapping[str, str | None] = {
     "min_fs": None, "max_fs": None, "min_ss": None, "max_ss": None, "res": None, "corner_x": None, "corner_y": None,
     "fs": "+1.0x", "ss": "+1.0y", "coffset": "0", "clen": "", "no_index": "0",
 }  # fmt: skip
+_DIM = re.compile(r"dim\d")
 _BAD_KEYS = ("min_fs", "max_fs", "min_ss", "max_ss", "min_x", "max_x", "min_y", "max_y", "panel")
 
 
@@ -58,14 +62,17 @@ def parse(text: str) -> DetectorGeometry:
     if known and len(known) < len(distances):
         missing = ", ".join(name for name, d in distances.items() if d is None)
         raise BadGeometry(f"clen is a number for some panels, but not for {missing}; give all of them one, or none")
-    panels = tuple(_panel(name, values, distances[name] or 0.0) for name, values in file.panels.items())
+    rows_above = _rows_above(file)
+    panels = tuple(
+        _panel(name, values, distances[name] or 0.0, rows_above[name]) for name, values in file.panels.items()
+    )
     return DetectorGeometry(
         panels=panels,
         wavelength=_wavelength(file),
         distance=known[0] if known else None,
-        bad=_bad(file, panels),
+        bad=_bad(file, panels, rows_above),
         groups=file.groups,
-        notes=tuple(_notes(file, bool(known))),
+        notes=tuple(_notes(file, bool(known), any(rows_above.values()))),
     )
 
 
@@ -161,12 +168,46 @@ def _lines(text: str) -> _File:
             file.groups[key.removeprefix("rigid_").removeprefix("group_")] = tuple(re.split(r"[,\s]+", value))
         else:
             file.common[key] = (value, number)
-            if key in _PANEL_KEYS:
+            if key in _PANEL_KEYS or _DIM.fullmatch(key):
                 defaults[key] = (value, number)
     return file
 
 
-def _panel(name: str, values: Mapping[str, tuple[str, int]], distance: float) -> Panel:
+def _rows_above(file: _File) -> dict[str, int]:
+    """Of each panel, the rows of the frame that lie above the first row of its module: 0 where there is but one."""
+    numbers = {name: _fixed_indices(name, values) for name, values in file.panels.items()}
+    dims = {dim for fixed in numbers.values() for dim in fixed}
+    varying = sorted(dim for dim in dims if len({fixed.get(dim) for fixed in numbers.values()}) > 1)
+    if not varying:
+        return dict.fromkeys(numbers, 0)
+    without = [name for name, fixed in numbers.items() if varying[0] not in fixed]
+    if len(varying) > 1 or without:
+        what = f"{', '.join(varying)} tell panels apart" if not without else f"{without[0]} has no {varying[0]}"
+        raise BadGeometry(f"{what}; give every panel the number of its module in one dim line, the same for all")
+    last_rows = {name: _whole(name, "max_ss", *v["max_ss"]) for name, v in file.panels.items() if "max_ss" in v}
+    n_rows = 1 + max(last_rows.values(), default=0)
+    return {name: fixed[varying[0]] * n_rows for name, fixed in numbers.items()}
+
+
+def _fixed_indices(name: str, values: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    """The axes of the data along which a panel is at one place: the number of its module, mostly.
+
+    Raises
+    ------
+    BadGeometry : fs before ss, which would be a frame that lies on its side.
+    """
+    dims = {key: text for key, (text, _) in sorted(values.items()) if _DIM.fullmatch(key)}
+    order = [text for text in dims.values() if text in ("ss", "fs")]
+    if order == ["fs", "ss"]:
+        line = next(values[key][1] for key, text in dims.items() if text == "fs")
+        raise BadGeometry(
+            f"line {line}: panel {name!r} has fs before ss; frames are (slow, fast) here: exchange fs and ss in the "
+            "dim lines, and with them min_fs and min_ss, max_fs and max_ss, and the directions"
+        )
+    return {key: _whole(name, key, text, values[key][1]) for key, text in dims.items() if text.isdecimal()}
+
+
+def _panel(name: str, values: Mapping[str, tuple[str, int]], distance: float, rows_above: int) -> Panel:
     missing = [key for key, value in _PANEL_KEYS.items() if value is None and key not in values]
     if missing:
         raise BadGeometry(f"panel {name!r} has no {', '.join(missing)}; add lines like {name}/{missing[0]} = …")
@@ -186,7 +227,7 @@ def _panel(name: str, values: Mapping[str, tuple[str, int]], distance: float) ->
         )
     corner_x, corner_y = (_number(name, key, *values[key]) for key in ("corner_x", "corner_y"))
     corner = (corner_x / res, corner_y / res, distance + _number(name, "coffset", *values["coffset"], units=_LENGTH_M))
-    return Panel(name, corner, _three(fast), _three(slow), (y1 - y0 + 1, x1 - x0 + 1), (y0, x0))
+    return Panel(name, corner, _three(fast), _three(slow), (y1 - y0 + 1, x1 - x0 + 1), (y0 + rows_above, x0))
 
 
 def _three(values: np.ndarray) -> tuple[float, float, float]:
@@ -251,7 +292,9 @@ def _vector(panel: str, key: str, text: str, line: int) -> tuple[float, float, f
     return sums["x"], sums["y"], sums["z"]
 
 
-def _bad(file: _File, panels: tuple[Panel, ...]) -> tuple[tuple[int, int, int, int], ...]:
+def _bad(
+    file: _File, panels: tuple[Panel, ...], rows_above: Mapping[str, int]
+) -> tuple[tuple[int, int, int, int], ...]:
     """Rectangles of the bad regions, and of whole panels that are not to be used."""
     found = []
     for panel in panels:
@@ -259,7 +302,7 @@ def _bad(file: _File, panels: tuple[Panel, ...]) -> tuple[tuple[int, int, int, i
             found.append((panel.origin[0], panel.end[0], panel.origin[1], panel.end[1]))
     for name, values in file.bad.items():
         if {"min_fs", "max_fs", "min_ss", "max_ss"} <= set(values):
-            found += _bad_pixels(name, values, panels)
+            found += _bad_pixels(name, values, panels, rows_above)
         elif {"min_x", "max_x", "min_y", "max_y"} <= set(values):
             found += _bad_places(name, values, panels)
         else:
@@ -270,15 +313,17 @@ def _bad(file: _File, panels: tuple[Panel, ...]) -> tuple[tuple[int, int, int, i
 
 
 def _bad_pixels(
-    name: str, values: Mapping[str, tuple[str, int]], panels: tuple[Panel, ...]
+    name: str, values: Mapping[str, tuple[str, int]], panels: tuple[Panel, ...], rows_above: Mapping[str, int]
 ) -> list[tuple[int, int, int, int]]:
+    """Of a region in pixels of the data; one that names no panel is there in every module."""
     x0, x1, y0, y1 = (_whole(name, key, *values[key]) for key in ("min_fs", "max_fs", "min_ss", "max_ss"))
     only, line = values.get("panel", ("", 0))
     if only and only not in {p.name for p in panels}:
         raise BadGeometry(f"line {line}: bad region {name!r} is on panel {only!r}, which is not described")
     found = []
     for panel in panels:
-        part = max(y0, panel.origin[0]), min(y1 + 1, panel.end[0]), max(x0, panel.origin[1]), min(x1 + 1, panel.end[1])
+        first, stop = y0 + rows_above[panel.name], y1 + 1 + rows_above[panel.name]
+        part = max(first, panel.origin[0]), min(stop, panel.end[0]), max(x0, panel.origin[1]), min(x1 + 1, panel.end[1])
         if only in ("", panel.name) and part[0] < part[1] and part[2] < part[3]:
             found.append(part)
     return found
@@ -300,11 +345,13 @@ def _bad_places(
     return found
 
 
-def _notes(file: _File, distance_known: bool) -> Iterable[str]:
+def _notes(file: _File, distance_known: bool, has_modules: bool) -> Iterable[str]:
     if not distance_known:
         yield "clen is no number: the distance is taken from the detector's header or the recipe"
     masks = [f"{key} = {value}" for key, (value, _) in file.common.items() if key.startswith("mask")]
     if masks:
         yield f"{', '.join(masks)} is not read: the run's own pixel mask holds, and a recipe's mask"
-    if any(key.startswith("dim") and value.strip().isdecimal() for key, (value, _) in file.common.items()):
+    if has_modules:
+        yield "modules are numbered by a dim line: frames hold them one below the other, in that order"
+    elif any(_DIM.fullmatch(key) and value.strip().isdecimal() for key, (value, _) in file.common.items()):
         yield "a dim line fixes one index of the data: frames are taken to be 2-D, (slow, fast)"

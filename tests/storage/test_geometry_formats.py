@@ -221,6 +221,78 @@ def test_a_geom_that_cannot_be_meant_names_the_line(tmp_path, old, new, words):
         read_geometry(path)
 
 
+MODULES = """
+clen = 0.2
+photon_energy = 9000
+res = 10000
+dim0 = %
+dim2 = ss
+dim3 = fs
+min_fs = 0
+max_fs = 99
+min_ss = 0
+max_ss = 39
+corner_x = -50
+corner_y = 0
+m1a/dim1 = 1
+m1b/dim1 = 1
+m1b/min_ss = 40
+m1b/max_ss = 63
+m1b/corner_y = 41
+m0/dim1 = 0
+m0/max_ss = 63
+m0/corner_y = -100
+bad_edge/min_fs = 0
+bad_edge/max_fs = 99
+bad_edge/min_ss = 62
+bad_edge/max_ss = 63
+bad_spot/panel = m1a
+bad_spot/min_fs = 5
+bad_spot/max_fs = 6
+bad_spot/min_ss = 10
+bad_spot/max_ss = 10
+"""
+
+
+def test_modules_that_a_geom_numbers_lie_one_below_the_other(tmp_path):
+    path = tmp_path / "modules.geom"
+    path.write_text(MODULES)
+    found = read_geometry(path)
+    places = {p.name: (p.origin, p.shape, p.corner[:2]) for p in found.panels}
+    assert places == {
+        "m1a": ((64, 0), (40, 100), (-0.005, 0.0)),
+        "m1b": ((104, 0), (24, 100), (-0.005, 0.0041)),
+        "m0": ((0, 0), (64, 100), (-0.005, -0.01)),
+    }
+    bad = np.argwhere(found.mask((128, 100)))
+    assert {tuple(pixel) for pixel in bad} == {
+        *((row, x) for row in (62, 63, 126, 127) for x in range(100)), (74, 5), (74, 6),
+    }  # fmt: skip
+    assert any("one below the other" in note for note in found.notes)
+    # Written again, it is of the frame as it is here: two axes.
+    write_geometry(tmp_path / "flat.geom", Geometry(found.panels, WAVELENGTH))
+    assert {p.name: p.origin for p in read_geometry(tmp_path / "flat.geom").panels} == {
+        name: origin for name, (origin, *_) in places.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("m0/dim1 = 0\n", "", "m0 has no dim1; give every panel the number of its module"),
+        ("m0/dim1 = 0\n", "m0/dim1 = 0\nm0/dim4 = 1\nm1a/dim4 = 0\nm1b/dim4 = 0\n", "dim1, dim4 tell panels apart"),
+        ("dim2 = ss\ndim3 = fs", "dim2 = fs\ndim3 = ss", "line 6: panel 'm1a' has fs before ss; frames are"),
+        ("m0/dim1 = 0\n", "m0/dim1 = 1\n", "share pixels of the frame's array"),
+    ],
+)
+def test_modules_that_cannot_be_told_apart_are_refused(tmp_path, old, new, words):
+    assert old in MODULES
+    path = tmp_path / "bad.geom"
+    path.write_text(MODULES.replace(old, new))
+    with pytest.raises(BadGeometry, match=words):
+        read_geometry(path)
+
+
 def test_a_clen_from_the_data_file_leaves_the_distance_to_the_header(tmp_path):
     path = tmp_path / "path.geom"
     path.write_text(GEOM.replace("clen = 80 mm", "clen = /LCLS/detector_1/EncoderValue"))

@@ -20,7 +20,7 @@ from streaming.retrieval import Run
 from tasks.step_tables import indexed_by_frame
 from tasks.unit_cell import UnitCell, have_one_lattice
 
-__all__ = ["CellCheck", "words_of_cell"]
+__all__ = ["CellCheck", "words_of_cell", "words_of_no_cell"]
 
 log = logging.getLogger("nearline.process")
 
@@ -28,6 +28,8 @@ log = logging.getLogger("nearline.process")
 _ENOUGH_HITS, _N_SEARCHED = 50, 40
 # Indexing does well when it indexes this share of the hits, and this share of the spots of a usual indexed frame.
 _INDEXED_HITS, _INDEXED_SPOTS = 0.6, 0.9
+# With fewer hits indexed than this share it is said why the spots give no cell either.
+_HARDLY_INDEXED = 0.02
 _LAST_S = 60.0
 _COUNTED = frozenset(("frame_index", "n_indexed", "n_spots"))
 _INDEXERS = ("index", "index_dials", "index_indexamajig")
@@ -75,7 +77,8 @@ class CellCheck:
         except (NearlineError, OSError) as error:  # frames, or a table, that have gone meanwhile: nothing is said
             log.warning("the cell of %s was not looked into: %s", self._processing, error)
             return
-        self.words = words_of_cell(found, cell)
+        hardly_any = self._n_indexed < _HARDLY_INDEXED * self._n_hits
+        self.words = words_of_cell(found, cell) or (words_of_no_cell(found) if hardly_any else "")
         if self.words:
             log.warning("%s: %s", self._processing.name, self.words)
 
@@ -87,10 +90,15 @@ def words_of_cell(found: CellReport, cell: UnitCell) -> str:
         return ""
     numbers = ", ".join(f"{value:g}" for value in proposed.parameters)
     return (
-        f"the spots have another lattice than the recipe's cell, {cell.describe()}: {found.n_agreeing} of "
+        f"The spots have another lattice than the recipe's cell, {cell.describe()}: {found.n_agreeing} of "
         f"{found.n_hits} hits agree on {found.lattice}, {numbers} ({found.certainty}); look with "
-        f"nearline find-cell {found.run}, and process with the cell it gives"
+        f"nearline find-cell {found.run}, and process with the cell it gives."
     )
+
+
+def words_of_no_cell(found: CellReport) -> str:
+    """Why the spots of hits that are not indexed give no cell either: a wrong distance, noise, several crystals."""
+    return "" if found.unit_cell is not None or not found.why else f"Looked at without a cell: {found.why}."
 
 
 def indexed_share(crystals: pa.Table) -> np.ndarray:

@@ -39,6 +39,7 @@ def figures_of_chunk(
         **(_of_peaks(peaks, detector) if peaks is not None else {}),
         shifts=beam_shifts(crystals, detector) if crystals is not None else np.empty((0, 2)),
         geometry=chunk.geometry,
+        seeks_lattices=crystals is not None,
     )  # fmt: skip
 
 

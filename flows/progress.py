@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from flows.run_warnings import ChunkFigures
 from storage.geometry_snapshot import GeometrySnapshot
 from storage.step_store import ChunkManifest, Processing
 from streaming.retrieval import Run
@@ -51,7 +52,7 @@ class RunTotals:
 class Progress:
     """A chunk has been done; for whoever shows it.
 
-    lag_frames : that have come since. lag_s : s since the chunk was sealed.
+    figures : what is remembered of the chunk, the frames among it that have come since. lag_s : s since it was sealed.
     outlook : for each stop criterion, in words, whether or when it is enough.
     geometries : refined ones, in order.
     notes : what should be looked at, in words.
@@ -62,7 +63,7 @@ class Progress:
     processing: str
     chunk: ChunkManifest
     totals: RunTotals
-    lag_frames: int
+    figures: ChunkFigures
     lag_s: float
     planned: int
     pictures: tuple[Path, ...]

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from flows.charts import as_image, histogram, lines
-from flows.chunk_figures import figures_of_chunk, newest_table
+from flows.chunk_figures import newest_table
 from flows.markdown_page import MarkdownPage
 from flows.progress import Progress
-from flows.run_warnings import ChunkFigures, warnings_of
+from flows.run_warnings import ChunkFigures
 from flows.step_columns import StepColumns
 from storage.step_store import ChunkManifest, Processing, StepStore
 from streaming.retrieval import Run
@@ -51,7 +51,7 @@ class RunPage:
     def __init__(self, every: float = _EVERY_S) -> None:
         self._every = every
         self._changed = threading.Condition()
-        self._chunks: list[tuple[ChunkManifest, int]] = []
+        self._chunks: list[tuple[ChunkManifest, ChunkFigures]] = []
         self._progress: Progress | None = None
         self._summary: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
@@ -65,8 +65,6 @@ class RunPage:
         self._title = f"{run.name} · {processing.name} · {recipe.name}"
         self._run, self._store = run, StepStore(run.folder)
         self._own_steps = [spec.name for spec in recipe.steps if ":" in spec.use]
-        header = run[processing.manifest.data_source].header
-        self._detector = recipe.detector_header(header.detector)
         self._finds_peaks = any(spec.use.startswith("find_peaks") for spec in recipe.steps)
         self._page = MarkdownPage(f"{run.name}-{processing.name}", f"the page of {self._title}")
         self._started = time.monotonic()
@@ -76,7 +74,7 @@ class RunPage:
 
     def chunk_done(self, progress: Progress) -> None:
         with self._changed:
-            self._chunks.append((progress.chunk, progress.lag_frames))
+            self._chunks.append((progress.chunk, progress.figures))
             self._progress = progress
             self._changed.notify_all()
 
@@ -100,8 +98,8 @@ class RunPage:
                 progress, summary = self._progress, self._summary
             is_last = summary is not None
             try:
-                for chunk, lag in new:
-                    self._take_in(chunk, lag)
+                for chunk, figures in new:
+                    self._take_in(chunk, figures)
                 self._page.show(self._text(progress, summary), is_last=is_last)
             except Exception:  # a page that cannot be drawn is no reason to stop the analysis, nor the next page
                 log.exception("the page of %s could not be drawn", self._title)
@@ -109,22 +107,18 @@ class RunPage:
                 with self._changed:
                     self._changed.wait_for(lambda: self._summary is not None, self._every)
 
-    def _take_in(self, chunk: ChunkManifest, lag: int) -> None:
+    def _take_in(self, chunk: ChunkManifest, figures: ChunkFigures) -> None:
         """Remember of a chunk what the page shows."""
         for name in self._own_steps:
             frames = self._store.read(chunk.steps[name], "frames")
             if frames is not None:
                 self._columns.take_in(frames)
-        names = ("crystals", "crystal_quality", "peaks")
-        crystals, quality, peaks = (newest_table(self._store, chunk, name) for name in names)
+        crystals, quality = (newest_table(self._store, chunk, name) for name in ("crystals", "crystal_quality"))
         if crystals is not None:
             for name in _CELL_LENGTHS:
                 self._values.setdefault(name, []).append(crystals[name].to_numpy())
         if quality is not None:
             self._values.setdefault("resolution", []).append(quality["resolution"].to_numpy())
-        figures = figures_of_chunk(
-            chunk, self._detector, crystals=crystals, quality=quality, peaks=peaks, lag_frames=lag
-        )
         self._figures.append(figures)
         del self._figures[:-_MOST_CHUNKS]
 
@@ -167,13 +161,14 @@ class RunPage:
             part = min(progress.chunk.stop / progress.planned, 1.0)
             lines_.insert(0, f"`{_bar(part)}` {100 * part:.0f} % of {progress.planned} planned frames")
         if summary is None:
-            lines_.append(f"lag {progress.lag_frames} frames · {totals.frames / max(seconds, 1e-3):.1f} frames/s")
+            lines_.append(
+                f"lag {progress.figures.lag_frames} frames · {totals.frames / max(seconds, 1e-3):.1f} frames/s"
+            )
         return "\n\n".join(lines_)
 
     def _warnings(self, progress: Progress | None, summary: dict[str, Any] | None) -> str:
-        notes = (summary or {}).get("notes") or (progress.notes if progress else ())
-        texts = [*warnings_of(self._figures, seeks_hits=self._seeks_hits), *(f"{n[0].upper()}{n[1:]}." for n in notes)]
-        return "\n".join(f"> **Look:** {text}\n" for text in texts)
+        notes = summary["notes"] if summary is not None else progress.notes if progress is not None else ()
+        return "\n".join(f"> **Look:** {text}\n" for text in notes)
 
     @property
     def _seeks_hits(self) -> bool:

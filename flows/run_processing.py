@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from flows.cell_check import CellCheck
 from flows.chunk_feeder import ChunkFeeder
 from flows.criteria import read_criteria
 from flows.decisions import Decision, Decisions
@@ -30,6 +29,7 @@ from flows.geometry_snapshots import GeometrySnapshots
 from flows.pictures import draw_frame
 from flows.progress import Progress, Reporter, Reporters, RunTotals, Silent
 from flows.record_provenance import ProvenanceReporter
+from flows.run_watch import RunWatch
 from storage.errors import StreamNotFound
 from storage.geometry_snapshot import GeometrySnapshot
 from storage.models import Model
@@ -208,7 +208,7 @@ class _Work:
         self._totals = RunTotals()
         self._pictures: list[Path] = []
         self._snapshots: list[GeometrySnapshot] = []
-        self._cell_check = CellCheck(run, processing)
+        self._watch = RunWatch(run, processing, self._header, self._mask)
         self._derived = DerivedStreams(run, stream, processing, recipe, self._header)
 
     def carry_out(self, n_ahead: int) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class _Work:
                 for chunk, job, promise in under_way:
                     self._take(chunk, job, promise.result(), exporter)
             files = exporter.close()
-            self._cell_check.finish()
+            self._watch.finish()
         except BaseException:
             exporter.discard()
             raise
@@ -265,20 +265,20 @@ class _Work:
         if (snapshot := self._geometries.take(result)) is not None:
             self._snapshots.append(snapshot)
         self._processing.add_chunk(result.manifest)
-        self._cell_check.take(result.manifest)
-        status = self._stream.status
+        lag_frames = self._stream.status.announced - chunk.stop
+        detector = self._geometries.header(job.geometry).detector
         self._reporter.chunk_done(
             Progress(
                 run=self._run.name,
                 processing=self._processing.name,
                 chunk=result.manifest,
                 totals=self._totals,
-                lag_frames=status.announced - chunk.stop,
+                figures=self._watch.take(result, job.frames, detector, lag_frames),
                 lag_s=max((datetime.now(UTC) - chunk.commit.sealed_at).total_seconds(), 0.0),
                 planned=self._stream.header.planned,
                 pictures=tuple(self._pictures),
                 geometries=tuple(self._snapshots),
-                notes=self._notes(),
+                notes=self._watch.words,
                 outlook=self._decisions.judge(chunk.commit.chunk),
                 task_runs=self._executor.task_runs(chunk.commit.chunk),
             )
@@ -316,9 +316,6 @@ class _Work:
             )
             self._pictures.append(path)
 
-    def _notes(self) -> tuple[str, ...]:
-        return (self._cell_check.words,) if self._cell_check.words else ()
-
     def _summary(self, files: dict[str, Path], seconds: float) -> dict[str, Any]:
         totals = self._totals
         return {
@@ -338,7 +335,7 @@ class _Work:
             "steps_computed": totals.steps_computed,
             "steps_reused": totals.steps_reused,
             "geometries": [snapshot.words for snapshot in self._snapshots],
-            "notes": list(self._notes()),
+            "notes": list(self._watch.last_words),
             "files": {name: str(path) for name, path in files.items()},
             "pictures": [str(path) for path in self._pictures],
             "flow_run_url": self._processing.manifest.flow_run_url,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["N_RINGS", "RING_WIDTH", "ChunkFigures", "warnings_of"]
+__all__ = ["N_RINGS", "RING_WIDTH", "ChunkFigures", "along_the_run", "warnings_of"]
 
 # Chunks looked at as "now", and at least so many before them to compare with.
 _RECENT, _BEFORE = 5, 5
@@ -15,6 +15,10 @@ _SIGMAS, _FACTOR = 5.0, 1.5
 # Chunks without a hit, after there have been some.
 _BLANK = 5
 _SATURATED = 0.01
+# Hits of which at least so many should be indexed, and peaks that are more than a crystal gives.
+_ENOUGH_HITS, _HARDLY_INDEXED, _MANY_PEAKS = 50, 0.02, 500
+# Looks back along a run: one in so many chunks, and so many at most.
+_LOOK_EVERY, _MOST_LOOKS = 5, 400
 _MOST_BEFORE = 100
 # A level has jumped when it has changed by so many of its own standard deviations, and by this factor.
 _LEVEL_FACTOR = 1.3
@@ -48,6 +52,8 @@ class ChunkFigures:
     shifts: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
     # Which geometry snapshot the shifts are against.
     geometry: int = 0
+    # Whether any step looks for lattices.
+    seeks_lattices: bool = False
     # (N_RINGS,): peaks between k and k + 1 times RING_WIDTH 1/Å from the beam.
     rings: np.ndarray = field(default_factory=lambda: np.zeros(N_RINGS, np.uint32))
 
@@ -61,6 +67,7 @@ def warnings_of(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> l
         return []
     found = [
         _blank(chunks) if seeks_hits else "",
+        _unindexed(chunks),
         *_jumps(chunks),
         *_levels(chunks),
         _beam(chunks),
@@ -72,12 +79,42 @@ def warnings_of(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> l
     return [text for text in found if text]
 
 
+def along_the_run(chunks: Sequence[ChunkFigures], *, seeks_hits: bool = True) -> list[str]:
+    """What is odd now, and what was along the run; a change is said once, as it was seen last."""
+    step = max(_LOOK_EVERY, -(-len(chunks) // _MOST_LOOKS))
+    said: dict[str, str] = {}
+    for n in range(step, len(chunks), step):
+        for text in warnings_of(chunks[:n], seeks_hits=seeks_hits):
+            if " around frame " in text:
+                kind = text.partition(" from ")[0]
+                said[kind + text.partition(" around frame ")[2].partition(".")[0].partition(":")[0]] = text
+    return list(dict.fromkeys([*warnings_of(chunks, seeks_hits=seeks_hits), *said.values()]))
+
+
 def _blank(chunks: Sequence[ChunkFigures]) -> str:
     last = next((number for number in reversed(range(len(chunks))) if chunks[number].n_hits), None)
     if last is None:
         n_frames = sum(chunk.n_frames for chunk in chunks)
         return f"No hit on any of the {n_frames} frames so far." if len(chunks) >= _BLANK else ""
     return f"No hits since frame {chunks[last].stop}." if len(chunks) - 1 - last >= _BLANK else ""
+
+
+def _unindexed(chunks: Sequence[ChunkFigures]) -> str:
+    """Hits that are no crystals, or not those of the recipe, or not where the geometry has them."""
+    recent = [c for c in chunks[-_MOST_BEFORE:] if c.seeks_lattices]
+    n_hits, n_indexed, n_peaks = (sum(getattr(c, name) for c in recent) for name in ("n_hits", "n_indexed", "n_peaks"))
+    if n_hits < _ENOUGH_HITS or n_indexed >= _HARDLY_INDEXED * n_hits:
+        return ""
+    text = f"{n_indexed or 'None'} of {n_hits} hits {'is' if n_indexed < 2 else 'are'} indexed"
+    if n_peaks >= _MANY_PEAKS * n_hits:
+        return (
+            f"{text}, and a hit has {n_peaks / n_hits:.0f} peaks, more than a crystal gives: are they noise? nearline "
+            "tune proposes thresholds and a mask."
+        )
+    return (
+        f"{text}: cell, distance, wavelength or beam centre are wrong, or these are no crystals. nearline find-cell "
+        "looks without a cell, nearline show at a frame."
+    )
 
 
 def _jumps(chunks: Sequence[ChunkFigures]) -> list[str]:

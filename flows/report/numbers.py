@@ -8,7 +8,7 @@ from pydantic import Field
 from flows.decisions import Decision, decisions_of
 from flows.report.gathering import CELL_NAMES, Gathered
 from flows.report.tallies import Sample
-from flows.run_warnings import ChunkFigures, warnings_of
+from flows.run_warnings import along_the_run
 from storage.models import Record
 from tasks.merge_crystals import MergeStatistics
 from tasks.model_partiality import PartialityReport
@@ -21,12 +21,10 @@ from tasks.orientation_coverage import (
 )
 from tasks.scale_crystals import ScalingReport
 
-__all__ = ["ColumnFigures", "OrientationFigures", "ReportFigures", "RunFigures", "along_the_run", "figures_of"]
+__all__ = ["ColumnFigures", "OrientationFigures", "ReportFigures", "RunFigures", "figures_of"]
 
 # A standard deviation that a few strays do not touch.
 _MAD_TO_SIGMA = 1.4826
-# Looks back over the run for warnings, at most, and chunks between two of them at least.
-_MOST_LOOKS, _LOOK_EVERY = 400, 5
 # So near to an axis of the laboratory, a direction is called by its name.
 _NEAR_DEG = 20.0
 
@@ -200,18 +198,6 @@ def _warnings(found: Gathered, orientation: OrientationFigures | None) -> list[s
             "nearline merge tells them apart."
         )
     return said
-
-
-def along_the_run(chunks: list[ChunkFigures], *, seeks_hits: bool) -> list[str]:
-    """What is odd now, and what was along the run; a change is said once, as it was seen last."""
-    step = max(_LOOK_EVERY, -(-len(chunks) // _MOST_LOOKS))
-    said: dict[str, str] = {}
-    for n in range(step, len(chunks), step):
-        for text in warnings_of(chunks[:n], seeks_hits=seeks_hits):
-            if " around frame " in text:
-                kind = text.partition(" from ")[0]
-                said[kind + text.partition(" around frame ")[2].partition(".")[0].partition(":")[0]] = text
-    return list(dict.fromkeys([*warnings_of(chunks, seeks_hits=seeks_hits), *said.values()]))
 
 
 def _towards(direction: tuple[float, float, float]) -> str:

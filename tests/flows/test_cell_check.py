@@ -1,5 +1,7 @@
 """A recipe with another sample's cell: what the spots themselves say of it."""
 
+import re
+
 import pytest
 
 from flows.cell_check import words_of_cell
@@ -21,8 +23,9 @@ def run(tmp_path_factory):
     return store_run(tmp_path_factory.mktemp("cell"), simulator, blobs, 20)
 
 
-def notes_of(run, cell) -> list[str]:
+def notes_of(run, cell, detector=None) -> list[str]:
     recipe = crystallography(read_cell(cell.parameters, cell.space_group)).model_dump(mode="json")
+    recipe["detector"] = detector or {}
     recipe["export"] = {"nexus": "none", "crystfel": False}
     return run_processing(ProcessRequest(run=str(run.path), recipe=recipe))["notes"]
 
@@ -37,10 +40,18 @@ def notes_of(run, cell) -> list[str]:
     ids=["a supercell", "of thaumatin"],
 )
 def test_another_cell_is_said_with_the_one_that_the_spots_want(run, cell):
-    (note,) = notes_of(run, cell)
-    assert note.startswith(f"the spots have another lattice than the recipe's cell, {cell.describe()}")
+    note = notes_of(run, cell)[-1]
+    assert note.startswith(f"The spots have another lattice than the recipe's cell, {cell.describe()}")
     assert "tetragonal P, 79.1" in note
     assert "nearline find-cell lyso/1" in note
+
+
+@pytest.mark.parametrize("error", [0.9, 1.1])
+def test_a_wrong_distance_is_said(run, error):
+    at = SETTINGS.simulator().header.detector_distance
+    hardly, why = notes_of(run, LYSOZYME, {"detector_distance": error * at})
+    assert re.match(r"None of \d\d hits is indexed: cell, distance, wavelength or beam centre are wrong", hardly)
+    assert re.match(r"Looked at without a cell: .* detector [+-]\d % farther away", why)
 
 
 def test_the_right_cell_is_not_talked_about(run):

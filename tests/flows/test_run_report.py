@@ -20,10 +20,9 @@ from PIL import Image
 import nearline
 from flows.report.examples import example_pictures, mask_of
 from flows.report.gathering import CRYSTAL_COLUMNS, gather
-from flows.report.numbers import along_the_run, figures_of
+from flows.report.numbers import figures_of
 from flows.report.tallies import Blocks, DetectorMap, PeakCounts, Sample
 from flows.run_processing import ProcessRequest, run_processing
-from flows.run_warnings import ChunkFigures
 from storage.errors import BadName, BadRecipe, RunNotFound
 from storage.models import StreamHeader
 from storage.step_store import Processing
@@ -474,18 +473,6 @@ def test_crystals_that_lie_alike_are_warned_of(taken, recipe):
     found.crystals.add(rows)
     (text,) = (text for text in figures_of(found).warnings if "preferred orientation" in text)
     assert "c* points up and down" in text
-
-
-def chunks(n, hits, first=0):
-    return [ChunkFigures(100 * i, 100 * i + 100, 100, hits, hits // 2, 0) for i in range(first, first + n)]
-
-
-def test_what_changed_long_ago_is_still_said_once():
-    figures = chunks(60, 10) + chunks(340, 40, first=60)
-    said = [text for text in along_the_run(figures, seeks_hits=True) if "hit rate" in text]
-    assert len(said) == 1
-    assert "around frame 6000" in said[0]
-    assert along_the_run(chunks(400, 20), seeks_hits=True) == []
 
 
 # ---- memory ----------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ log = logging.getLogger("nearline.steps")
 Tables = Mapping[str, pa.Table]
 
 _PARQUET_ENDS = b"PAR1"
+# The one column that a later step may say anew.
+_REVISED = "hit"
 # Whoever asks whether a processing is claimed (`is_claimed`) holds the lock for an instant.
 _CLAIM_PATIENCE_S, _CLAIM_PAUSE_S = 0.2, 0.02
 # Outputs that this process has made last: who makes one mostly reads it next.
@@ -411,7 +413,10 @@ def _lock_soon(fd: int) -> bool:
 
 
 def join_frames(tables: list[pa.Table | None]) -> pa.Table:
-    """Per-frame tables of one chunk side by side; they have the same frames in the same order."""
+    """Per-frame tables of one chunk, in the order of their steps, side by side; they have the same frames in one order.
+
+    Of ``hit`` the last word holds: indexing knows more of a frame than its number of peaks.
+    """
     joined: pa.Table | None = None
     for table in tables:
         if table is None:
@@ -421,6 +426,9 @@ def join_frames(tables: list[pa.Table | None]) -> pa.Table:
             continue
         for name in table.column_names:
             if name == "frame_index":
+                continue
+            if name == _REVISED and name in joined.column_names:
+                joined = joined.set_column(joined.column_names.index(name), name, table.column(name))
                 continue
             if name in joined.column_names:
                 raise BadRecipe(f"two steps make the column {name!r}; let one of them name it otherwise")

@@ -112,6 +112,17 @@ class FindDispersedPeaksParams(DispersionParams):
 
 
 @dataclass(frozen=True)
+class IndexHitsParams(IndexParams):
+    """Indexing, and which frames are tried.
+
+    min_peaks : frames with at least so many peaks are tried as well, though they are no hits by the peak search alone;
+        one that is indexed is a hit. None: hits only.
+    """
+
+    min_peaks: int | None = None
+
+
+@dataclass(frozen=True)
 class IntegrateParams(IntegrationParams):
     """Integration on predicted positions.
 
@@ -184,26 +195,28 @@ def _finder_for(geometry: Geometry, mask: np.ndarray, params: PeakParams) -> Pea
     return finder
 
 
-def run_index(chunk: ChunkFrames, params: IndexParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
-    """Lattices in the hits, with the known cell."""
+def run_index(chunk: ChunkFrames, params: IndexHitsParams, cell: UnitCell | None, upstream: Upstream) -> Tables:
+    """Lattices in the hits, and in what may be one, with the known cell."""
     assert cell is not None
     peaks, hit = table_before(upstream, "peaks"), column_before(upstream, "hit")
     geometry = chunk.detector_geometry
     indexer = _indexer_for(cell, geometry.wavelength, params)
     rows = rows_by_frame(peaks, chunk.frame_index)
+    n_peaks = np.array([n for _, n in rows], np.int64)
+    is_tried = hit if params.min_peaks is None else hit | (n_peaks >= params.min_peaks)
 
     def one(position: int) -> list[Crystal]:
-        if not hit[position]:
+        if not is_tried[position]:
             return []
         mine = peaks.slice(*rows[position])
         return indexer(scattering_vectors(geometry, mine), mine["intensity"].to_numpy())
 
     crystals = chunk.map(one)
     n_crystals = np.array([len(c) for c in crystals], np.int64)
-    return {
-        "frames": pa.table({"frame_index": chunk.frame_index, "indexed": n_crystals > 0, "n_crystals": n_crystals}),
-        "crystals": crystal_table(chunk.frame_index, crystals),
-    }
+    columns = {"frame_index": chunk.frame_index, "indexed": n_crystals > 0, "n_crystals": n_crystals}
+    if params.min_peaks is not None:
+        columns["hit"] = hit | columns["indexed"]
+    return {"frames": pa.table(columns), "crystals": crystal_table(chunk.frame_index, crystals)}
 
 
 def run_engine(engine: Engine, chunk: ChunkFrames, params: Any, cell: UnitCell | None, upstream: Upstream) -> Tables:
@@ -358,7 +371,7 @@ STEPS: dict[str, Step] = {
         FindDispersedPeaksParams, find_dispersed_peaks_work, (find_dispersed_peaks, find_peaks)
     ),
     "index": Step(
-        IndexParams, run_index, (index_frame, search_lattice, refine_lattice, unit_cell, *_SHARED), needs_cell=True
+        IndexHitsParams, run_index, (index_frame, search_lattice, refine_lattice, unit_cell, *_SHARED), needs_cell=True
     ),
     "index_dials": _engine_step(_DIALS, dials_stills, dials_stills.dials_driver),
     "index_indexamajig": _engine_step(_INDEXAMAJIG, indexamajig, crystfel_module),

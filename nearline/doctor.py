@@ -38,7 +38,7 @@ _SLOW_DISK_MB_S = 150.0
 # A producer that asks for durable frames waits for one of these.
 _SLOW_SYNC_S = 0.05
 _LEAST_ROOM = 20 << 30
-_LEAST_MEMORY = 3 << 30
+_LEAST_MEMORY = 3 << 29
 _TIME_ERROR = 5
 _PORTS = {5600: "clients of the service", 31001: "the simulator", 8600: "HTTP", 4200: "Prefect"}
 
@@ -227,12 +227,12 @@ def _write_speed(folder: Path) -> tuple[float, float]:
 def check_memory(_: Place) -> Iterator[Check]:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        yield Check("memory", "warn", "this system does not tell", "2 GiB for the buffer and 1 GiB beside are needed")
+        yield Check("memory", "warn", "this system does not tell", "512 MiB for the buffer and 1 GiB beside are needed")
         return
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB", meminfo.read_text(), re.MULTILINE))
     free, total = (int(found[name]) * 1024 for name in ("MemAvailable", "MemTotal"))
     is_enough = free >= _LEAST_MEMORY
-    remedy = "" if is_enough else "the buffer takes 2 GiB unless `nearline serve --buffer` says otherwise"
+    remedy = "" if is_enough else "the buffer takes 512 MiB unless `nearline serve --buffer` says otherwise"
     text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB available"
     yield Check("memory", "ok" if is_enough else "warn", text, remedy)
 

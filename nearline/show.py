@@ -191,6 +191,7 @@ def ledgers(console: Console, run: Any, as_json: bool) -> bool:
         "rejected",
         "late",
         "duplicate",
+        "vetoed",
         "pruned",
         "left_out",
     )

@@ -51,7 +51,7 @@ class StreamStatus(Record):
 class LeasedFrame:
     """A frame given to one member of a group; a delivery above 1 is a redelivery.
 
-    ``more_parts`` are the further parts of a frame in parts. Whoever works on it sets
+    ``more_parts`` are the further parts of a frame in parts. ``is_late``: the group had passed it before it came. Whoever works on it sets
     ``retry_after_s`` to have it delivered again instead of acknowledged.
     """
 
@@ -59,6 +59,7 @@ class LeasedFrame:
     lease: int
     delivery: int
     more_parts: list[RawFrame] = field(default_factory=list)
+    is_late: bool = False
     is_seen: bool = False
     retry_after_s: float | None = None
 

@@ -213,6 +213,7 @@ class Server(threading.Thread):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._inbox.pipe[0], zmq.POLLIN)
+        self._load_groups()
         last_save = time.monotonic()
         while not self._is_stopping:
             ready = dict(poller.poll(int(1000 * self._poll_seconds()) + 1))
@@ -229,6 +230,16 @@ class Server(threading.Thread):
         self._group_log.close()
         self._socket.close()
         self._inbox.close()
+
+    def _load_groups(self) -> None:
+        """Those of streams that go on: a group that nobody asks for after a restart is one to be told of."""
+        try:
+            for stream in self._recorder.streams():
+                if stream.is_open:
+                    for name in self._group_log.names(stream.key):
+                        self.desk.group(wire.StreamRef(*stream.key), name)
+        except sqlite3.Error as error:
+            log.warning("could not look for the groups of streams that go on: %s", error)
 
     def _take_inbox(self) -> None:
         changed, errands = self._inbox.take()

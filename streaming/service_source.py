@@ -250,12 +250,13 @@ class _Member:
 
     def _lease(self, reply: wire.Frames, blobs: list[Any]) -> list[LeasedFrame]:
         leased: dict[int, LeasedFrame] = {}
+        late = set(reply.late)
         for info, blob, lease, delivery in zip(reply.infos, blobs, reply.leases, reply.deliveries, strict=True):
             raw = RawFrame(info, blob)
             if lease in leased:
                 leased[lease].more_parts.append(raw)
             else:
-                leased[lease] = LeasedFrame(raw, lease, delivery)
+                leased[lease] = LeasedFrame(raw, lease, delivery, is_late=lease in late)
         self._held.update(leased)
         return list(leased.values())
 

@@ -353,13 +353,17 @@ class JsonReply(Reply):
 
 
 class Frames(Reply):
-    """Frames, and where to go on reading; leases and deliveries are given for groups only."""
+    """Frames, and where to go on reading; leases and deliveries are given for groups only.
+
+    ``late`` are the leases of frames that the group had passed before they came.
+    """
 
     infos: list[FrameInfo]
     next: int
     is_end: bool = False
     leases: list[int] = []
     deliveries: list[int] = []
+    late: list[int] = []
 
 
 class ChunkReply(Reply):

@@ -211,6 +211,7 @@ def _answer(call: Call, frames: list[RawFrame], leases: list[Lease], group: Grou
     reply, payload = frames_answer(call, frames, group.cursor, is_end=is_end)
     reply.leases = [lease.number for lease in leases]
     reply.deliveries = [lease.delivery for lease in leases]
+    reply.late = [lease.number for lease in leases if lease.is_late]
     return reply, payload
 
 

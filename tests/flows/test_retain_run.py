@@ -1,15 +1,18 @@
 """A real processing decides which frames of a simulated run go; by the plain function, the flow and the command."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import nearline
 from flows.exports import export_stream
 from flows.run_processing import ProcessRequest, run_processing
 from flows.veto_frames import VetoRequest, next_step, plan_for
+from nearline.cli import app
 from storage.errors import BadQuery, RunNotFound
 from storage.run_folder import RunFolder
 from storage.verify import verify_run
@@ -89,3 +92,6 @@ def test_the_flow_does_the_next_step(processed, prefect_server):
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["stage"], result["n_control"]) == ("done", 1)
     assert nearline.open(processed)["eiger"].ledger().vetoed == result["n_vetoed"]
+    shown = CliRunner().invoke(app, ["ledger", str(processed)])
+    assert shown.exit_code == 0
+    assert re.search(rf"vetoed\W+{result['n_vetoed']}\b", shown.output)

@@ -108,3 +108,8 @@ def test_serve_simulate_look_and_stop(tmp_path):
     offline = nearline("ledger", str(tmp_path / "default" / "1"))
     assert offline.returncode == 0
     assert "balances" in offline.stdout
+    # As after a disk that forgot a file: frames that nobody can account for.
+    (tmp_path / "default" / "1" / "eiger.chunks" / "00000.json").unlink()
+    torn = nearline("ledger", str(tmp_path / "default" / "1"))
+    assert torn.returncode == 2
+    assert "does not balance" in torn.stdout

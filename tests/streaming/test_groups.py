@@ -1,5 +1,6 @@
 """Consumer groups: every frame to one member at a time, none lost, whatever dies."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -19,7 +20,7 @@ from streaming import wire
 from streaming.groups import Group
 from streaming.retrieval import open_run
 
-from .harness import ServiceProcess, connected, pixels, producing, record_run, serving
+from .harness import ServiceProcess, connected, pixels, producing, record_run, serving, wait_for
 
 REF = wire.StreamRef("lyso", 1, "eiger")
 
@@ -431,6 +432,22 @@ def test_group_survives_a_restart_of_the_service(tmp_path):
         rest = [f.frame_index for f in open_run(f"{service.address}/lyso/1")["eiger"].follow(group="mine")]
     assert first == list(range(8))
     assert rest == list(range(7, 20)), "the eighth was in its hands"
+
+
+def test_the_lag_of_a_group_that_nobody_asks_for_is_told_after_a_restart(tmp_path):
+    with ServiceProcess(tmp_path) as service:
+        with producing(service.address) as out:
+            for index in range(20):
+                out.send(pixels(index))
+            with contextlib.closing(open_run(f"{service.address}/lyso/1")["eiger"].follow(group="stalled")) as frames:
+                assert [f.frame_index for f in itertools.islice(frames, 5)] == list(range(5))
+        time.sleep(0.3)  # group states are saved every 50 ms
+        service.kill()
+    with serving(tmp_path) as service:
+        wait_for(lambda: service.status()["groups"])
+        (row,) = service.status()["groups"]
+        assert (row["group"], row["data_source"]) == ("stalled", "eiger")
+        assert row["lag"] in (15, 16), "the fifth was in hand"
 
 
 def test_run_taken_anew_under_its_number_begins_with_new_groups(tmp_path):

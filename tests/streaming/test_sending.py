@@ -95,6 +95,20 @@ def test_late_frame_is_kept_and_flagged(service, producer):
     assert ledger.is_balanced
 
 
+def test_a_frame_that_its_group_had_passed_is_flagged_before_its_chunk_is_sealed_too(tmp_path):
+    with serving(tmp_path, gap_timeout_s=0.3) as service, producing(service.address) as out:
+        out.send(pixels(1), frame_index=1)
+        stream = open_run(f"{service.address}/lyso/1")["eiger"]
+        follow = stream.follow(group="g", timeout=10)
+        first = next(follow)
+        assert out.send(pixels(0), frame_index=0) == 0
+        second = next(follow)
+        follow.close()
+        assert [(f.frame_index, f.is_late, f.delivery) for f in (first, second)] == [(1, False, 1), (0, True, 1)]
+        assert stream.status.n_sealed == 0
+        assert not stream[0].is_late, "to others it is a frame like any other"
+
+
 def test_window_is_bounded(tmp_path, monkeypatch):
     """A producer that is faster than the service waits; nothing piles up without end."""
     monkeypatch.setattr("streaming.producer._WINDOW_FRAMES", 10)

@@ -310,7 +310,8 @@ def may_come_again(before: Delivery, after: Delivery, service_died_at: float | N
         # What the service had not yet written down when it was killed.
         is_open = service_died_at is not None and (acked_by is None or service_died_at <= acked_by)
         return "the service was killed" if is_open else ""
-    return "its lease ran out" if after.at - before.at > LEASE_S - BATCH_S else ""
+    ends_at = before.at + LEASE_S - BATCH_S
+    return "its lease ran out" if after.at > ends_at and (acked_by is None or acked_by > ends_at) else ""
 
 
 def stored_indices(source: FolderSource) -> list[int]:

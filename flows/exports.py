@@ -124,7 +124,7 @@ class _GeometryFiles:
         stem += f"_geometry{geometry}" if geometry else ""
         self.files: dict[str, Path] = {}
         self.left_out: list[str] = []
-        self._rows: dict[int, int] = {}
+        self._n_rows = 0
         self._has_mask = pixel_mask is not None
         self._nexus: NxmxWriter | None = None
         self._stream: CrystfelStreamWriter | None = None
@@ -150,17 +150,18 @@ class _GeometryFiles:
         hits = _hits(result)
         if self._nexus is not None:
             self._history.add(result.manifest)
+        rows: dict[int, int] = {}
         for frame in frames:
             is_wanted = self._recipe.export.nexus == "all" or hits.get(frame.frame_index, False)
             if self._nexus is not None and is_wanted:
-                row = self._nexus.append_parts(frame.frame_index, _blobs_of(frame), frame.times.utc)
-                self._rows[frame.frame_index] = row
+                rows[frame.frame_index] = self._nexus.append_parts(frame.frame_index, _blobs_of(frame), frame.times.utc)
+        self._n_rows += len(rows)
         if self._stream is not None:
-            self._write_stream(frames, result, hits)
+            self._write_stream(frames, result, hits, rows)
 
     def close(self) -> None:
         """Finish the files and give them their names; an NXmx file of no frames is left out."""
-        if self._nexus is not None and not self._rows:
+        if self._nexus is not None and not self._n_rows:
             self._nexus.discard()
             self.left_out.append("nexus")
         elif self._nexus is not None:
@@ -203,7 +204,10 @@ class _GeometryFiles:
             overwrite=True,
         )
 
-    def _write_stream(self, frames: Sequence[Frame], result: ChunkResult, hits: dict[int, bool]) -> None:
+    def _write_stream(
+        self, frames: Sequence[Frame], result: ChunkResult, hits: dict[int, bool], rows: dict[int, int]
+    ) -> None:
+        """rows : of the frames in the NXmx file."""
         assert self._stream is not None
         peaks, crystals = _by_frame(result.table("peaks")), _by_frame(result.table("crystals"))
         quality, reflections = _by_frame(result.table("crystal_quality")), _by_frame(result.table("reflections"))
@@ -219,7 +223,7 @@ class _GeometryFiles:
                     _stream_crystal(row, quality.get(index), reflections.get(index), cell)
                     for row in (found.to_pylist() if found is not None else [])
                 ],
-                row=self._rows.get(index, index),
+                row=rows.get(index, index),
             )
 
 

@@ -51,8 +51,8 @@ class StreamStatus(Record):
 class LeasedFrame:
     """A frame given to one member of a group; a delivery above 1 is a redelivery.
 
-    ``more_parts`` are the further parts of a frame in parts. ``is_late``: the group had passed it before it came. Whoever works on it sets
-    ``retry_after_s`` to have it delivered again instead of acknowledged.
+    ``more_parts`` are the further parts of a frame in parts. ``is_late``: the group had passed it before it came.
+    Whoever works on it sets ``retry_after_s`` to have it delivered again instead of acknowledged.
     """
 
     frame: RawFrame

@@ -97,7 +97,7 @@ class Frame:
 
     @property
     def is_late(self) -> bool:
-        """Whether it, or a part of it, came after its chunk had been sealed without it, or after its group had passed it."""
+        """Whether it, or a part of it, came after its chunk was sealed without it, or after its group had passed it."""
         return any(raw.info.late for raw in self._raws) or (self._leased is not None and self._leased.is_late)
 
     @property

@@ -4,6 +4,7 @@
 runs against both.
 """
 
+import math
 import os
 import threading
 import time
@@ -52,7 +53,8 @@ class LeasedFrame:
     """A frame given to one member of a group; a delivery above 1 is a redelivery.
 
     ``more_parts`` are the further parts of a frame in parts. ``is_late``: the group had passed it before it came.
-    Whoever works on it sets ``retry_after_s`` to have it delivered again instead of acknowledged.
+    Whoever works on it sets ``retry_after_s`` to have it delivered again instead of acknowledged, or, where that does
+    not go by itself, ``is_done``; until ``ends_at``, monotonic s.
     """
 
     frame: RawFrame
@@ -60,8 +62,10 @@ class LeasedFrame:
     delivery: int
     more_parts: list[RawFrame] = field(default_factory=list)
     is_late: bool = False
+    is_done: bool = False
     is_seen: bool = False
     retry_after_s: float | None = None
+    ends_at: float = math.inf
 
 
 class StreamSource(Protocol):
@@ -140,8 +144,11 @@ class StreamSource(Protocol):
         *,
         stop: threading.Event | None = None,
         max_deliveries: int | None = None,
+        acknowledges: bool = True,
     ) -> Iterator[LeasedFrame]:
         """Frames leased to this member of a group, each acknowledged when the next is asked for.
+
+        Or, if it is not to acknowledge, when ``is_done`` of it is set.
 
         Ends within 0.2 s when another thread sets ``stop``.
         """
@@ -282,6 +289,7 @@ class FolderSource:
         *,
         stop: threading.Event | None = None,
         max_deliveries: int | None = None,
+        acknowledges: bool = True,
     ) -> Iterator[LeasedFrame]:
         raise self._no_groups(group)
 

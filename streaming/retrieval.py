@@ -105,6 +105,17 @@ class Frame:
         """Whether all its parts are there."""
         return len(self._raws) == self._header.parts
 
+    def acknowledge(self) -> None:
+        """In a group followed with ``acknowledges=False``: this frame is done. From any thread, while the loop goes on.
+
+        Raises
+        ------
+        GroupNeedsService : the frame does not come from a group.
+        """
+        if self._leased is None:
+            raise GroupNeedsService("only a frame that was given out to a group can be acknowledged; follow(group=…)")
+        self._leased.is_done = True
+
     def retry_later(self, delay_s: float = 0.0) -> None:
         """In a group: have it delivered again after so long, to anyone, instead of acknowledged.
 
@@ -297,6 +308,7 @@ class Stream:
         lease_s: float = 60.0,
         max_deliveries: int | None = None,
         stop: threading.Event | None = None,
+        acknowledges: bool = True,
     ) -> Iterator[Frame]:
         """Every frame in order, waiting for those to come, until the run has ended.
 
@@ -311,6 +323,9 @@ class Stream:
         max_deliveries : a frame that a group has given out so often in vain becomes a dead letter
             (`dead_letters`); None leaves the group's own limit, 10 at first.
         stop : set by another thread to end the loop, within 0.2 s also while it waits.
+        acknowledges : with False going on acknowledges nothing: a frame of the group is done with
+            `Frame.acknowledge`, such as when the results of a batch are on disk. What has no such word when its lease
+            runs out, or when the loop is left, is delivered again.
 
         Raises
         ------
@@ -318,7 +333,9 @@ class Stream:
         CorruptFrame : the next frame is damaged on disk; go on with ``start`` behind it, or use a group.
         """
         if group is not None:
-            leases = self.source.follow_group(group, timeout, lease_s, stop=stop, max_deliveries=max_deliveries)
+            leases = self.source.follow_group(
+                group, timeout, lease_s, stop=stop, max_deliveries=max_deliveries, acknowledges=acknowledges
+            )
             for leased in leases:
                 yield Frame([leased.frame, *leased.more_parts], self.header, leased)
             return

@@ -26,6 +26,8 @@ log = logging.getLogger("nearline.client")
 
 # Longest single wait; a longer one is a repeated request, so that a vanished service is noticed.
 _WAIT_SLICE_S = 10.0
+# Who acknowledges by hand is listened to so often.
+_BY_HAND_S = 0.1
 # Frames leased at a time at most, when they are done quickly.
 _MOST_LEASED = 512
 # What one answer carries at most: few enough to be passed on from the processor's cache, and many enough
@@ -121,8 +123,10 @@ class ServiceSource:
         *,
         stop: threading.Event | None = None,
         max_deliveries: int | None = None,
+        acknowledges: bool = True,
     ) -> Iterator[LeasedFrame]:
-        member = _Member(self._client.new_connection(stop), self._ref, group, lease_s, max_deliveries)
+        connection = self._client.new_connection(stop)
+        member = _Member(connection, self._ref, group, lease_s, max_deliveries, acknowledges)
         try:
             while leased := member.next(timeout):
                 yield from member.work_through(self._with_header(leased))
@@ -171,14 +175,21 @@ class ServiceSource:
 class _Member:
     """One member of a group: asks for the next frames while it works on those it has.
 
-    Acknowledgements are sent without waiting for an answer, together, at most 50 ms late.
+    Acknowledgements are sent without waiting for an answer, together, at most 50 ms late. Those that somebody gives
+    by hand, from any thread, go with the next request, which then waits for a tenth of a second at most.
     """
 
     def __init__(
-        self, connection: Connection, ref: wire.StreamRef, group: str, lease_s: float, max_deliveries: int | None
+        self,
+        connection: Connection,
+        ref: wire.StreamRef,
+        group: str,
+        lease_s: float,
+        max_deliveries: int | None,
+        acknowledges: bool,
     ) -> None:
         self._connection, self._ref, self._group, self._lease_s = connection, ref, group, lease_s
-        self._max_deliveries = max_deliveries
+        self._max_deliveries, self._acknowledges = max_deliveries, acknowledges
         self._name = f"{socket.gethostname()[:40]}-{uuid.uuid4().hex[:8]}"
         self._n_frames = 1
         self._is_quick, self._n_ahead = False, 1
@@ -192,8 +203,8 @@ class _Member:
 
     def next(self, timeout: float | None) -> list[LeasedFrame]:
         """The next frames; none at the end of the stream, or at the time-out."""
-        self._slice_s = next(_slices(timeout))
-        for slice_s in _slices(timeout):
+        self._slice_s = next(self._slices(timeout))
+        for slice_s in self._slices(timeout):
             if not self._ahead:
                 self._ahead.append(self._ask(slice_s))
             # In the order of the answers, which is that of the frames: of two requests, the later may find them first.
@@ -261,9 +272,7 @@ class _Member:
         return list(leased.values())
 
     def _ask(self, timeout_s: float) -> int:
-        done, self._done = self._done, []
-        for _, lease in done:
-            self._held.pop(lease, None)
+        done = self._take_done()
         return self._connection.send(
             wire.NextFrames(
                 id=0,
@@ -280,23 +289,44 @@ class _Member:
         )
 
     def _settle(self, frame: LeasedFrame) -> None:
-        if frame.retry_after_s is not None:
+        if not self._acknowledges:
+            frame.ends_at = time.monotonic() + self._lease_s
+        elif frame.retry_after_s is not None:
             self._give_back([frame], frame.retry_after_s)
             return
-        self._done.append((frame.frame.info.frame_index, frame.lease))
+        else:
+            self._done.append((frame.frame.info.frame_index, frame.lease))
         if time.monotonic() - self._acknowledged_at > _ACKNOWLEDGE_S:
             self._acknowledge()
 
     def _acknowledge(self, *, leaves: bool = False) -> None:
         self._acknowledged_at = time.monotonic()
         self._read_answers()
-        if not self._done and not leaves:
+        done = self._take_done()
+        if not done and not leaves:
             return
+        request = wire.Acknowledge(id=0, stream=self._ref, group=self._group, leases=done, leaves=leaves)
+        self._unanswered.append(self._connection.send(request))
+
+    def _take_done(self) -> list[tuple[int, int]]:
+        """Index and lease of what is done since, which is held no longer."""
+        if not self._acknowledges:
+            self._settle_by_hand()
         done, self._done = self._done, []
         for _, lease in done:
             self._held.pop(lease, None)
-        request = wire.Acknowledge(id=0, stream=self._ref, group=self._group, leases=done, leaves=leaves)
-        self._unanswered.append(self._connection.send(request))
+        return done
+
+    def _settle_by_hand(self) -> None:
+        """Frames that were given out and have got their word since; one that never gets any is not held for ever."""
+        now = time.monotonic()
+        for lease, frame in [(lease, frame) for lease, frame in self._held.items() if frame.is_seen]:
+            if frame.is_done:
+                self._done.append((frame.frame.info.frame_index, lease))
+            elif frame.retry_after_s is not None:
+                self._give_back([frame], frame.retry_after_s)
+            elif now > frame.ends_at:
+                del self._held[lease]
 
     def _give_back(self, frames: list[LeasedFrame], delay_s: float) -> None:
         """The frame in hand has been looked at; those behind it have not."""
@@ -326,13 +356,17 @@ class _Member:
             except StaleLease as error:
                 log.warning("%s", error)
 
+    def _slices(self, timeout: float | None) -> Iterator[float]:
+        """Waiting times of successive requests that together last ``timeout`` s (None: for ever)."""
+        return _slices(timeout, _WAIT_SLICE_S if self._acknowledges else _BY_HAND_S)
 
-def _slices(timeout: float | None) -> Iterator[float]:
+
+def _slices(timeout: float | None, longest: float = _WAIT_SLICE_S) -> Iterator[float]:
     """Waiting times of successive requests that together last ``timeout`` s (None: for ever)."""
     if timeout is None:
         while True:
-            yield _WAIT_SLICE_S
+            yield longest
     deadline = time.monotonic() + timeout
-    yield min(timeout, _WAIT_SLICE_S)
+    yield min(timeout, longest)
     while (left := deadline - time.monotonic()) > 0:
-        yield min(left, _WAIT_SLICE_S)
+        yield min(left, longest)

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from storage.errors import BadName, ProtocolError, StaleLease
+from storage.errors import BadName, GroupNeedsService, ProtocolError, StaleLease
 from storage.models import StreamHeader
 from storage.states import FrameState, IndexStates
 from streaming import wire
@@ -418,6 +418,42 @@ def test_member_gone_while_it_waits_holds_nothing(tmp_path):
         out.send(pixels(1))
         stream = open_run(f"{service.address}/lyso/1")["eiger"]
         assert next(stream.follow(group="mine", timeout=5)).frame_index == 1
+
+
+def test_acknowledged_by_hand_is_what_is_named_and_nothing_else(tmp_path):
+    with serving(tmp_path) as service:
+        record_run(service.address, range(8))
+        stream = open_run(f"{service.address}/lyso/1")["eiger"]
+        with contextlib.closing(stream.follow(group="mine", acknowledges=False)) as member:
+            taken = list(itertools.islice(member, 6))
+            for frame in (taken[0], taken[3], taken[5]):  # the last of them is still in hand
+                thread = threading.Thread(target=frame.acknowledge)
+                thread.start()
+                thread.join()
+        again = {frame.frame_index: frame.delivery for frame in stream.follow(group="mine")}
+        assert list(again) == [1, 2, 4, 6, 7]
+        assert [again[index] for index in (1, 2, 4)] == [2, 2, 2]
+        with pytest.raises(GroupNeedsService, match="acknowledged"):
+            stream[0].acknowledge()
+
+
+def test_the_end_waits_for_what_is_acknowledged_by_hand(tmp_path):
+    """Also for what is given back behind the loop; what never gets its word comes again when its lease has run out."""
+    with serving(tmp_path) as service:
+        record_run(service.address, range(4))
+        stream = open_run(f"{service.address}/lyso/1")["eiger"]
+        seen, results = [], []
+        for frame in stream.follow(group="mine", acknowledges=False, lease_s=2.0, timeout=30):
+            seen.append((frame.frame_index, frame.delivery))
+            if frame.delivery > 1:
+                frame.acknowledge()
+            elif frame.frame_index == 1:
+                threading.Timer(0.3, frame.retry_later).start()
+            elif frame.frame_index != 2:  # which is forgotten
+                results.append(frame)
+                threading.Timer(0.5, frame.acknowledge).start()
+        assert sorted(seen) == [(0, 1), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
+        assert stream.groups["mine"]["lag"] == 0
 
 
 def test_group_survives_a_restart_of_the_service(tmp_path):

@@ -122,6 +122,9 @@ def serve(
     upload_to: Annotated[
         str | None, typer.Option(help="Also send every sealed chunk there: s3://bucket/prefix, or a folder.")
     ] = None,
+    remove_uploaded: Annotated[
+        bool, typer.Option("--remove-uploaded", help="Remove a run's shards here once it has ended and is up there.")
+    ] = False,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Let in only who shows a token (`nearline token create`).")
     ] = False,
@@ -155,6 +158,7 @@ def serve(
         idle_timeout_s=idle_timeout,
         catalog_url=catalog,
         upload_to=upload_to,
+        removes_uploaded=remove_uploaded,
         wants_tokens=tokens,
         encrypts=encrypt,
         allows_insecure=insecure,

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -31,8 +32,9 @@ from prefect.states import Cancelled, Crashed, State
 from prefect.workers.process import ProcessWorker
 
 from flows.decisions import Decision, decisions_of
-from flows.deploying import api_of, prefect_client
+from flows.deploying import api_of, deployments_of, prefect_client
 from flows.experiment import Experiment, recipe_for
+from flows.keeping import due_vetoes, let_go_of_runs
 from flows.telling import event_id, tell_again
 from storage.errors import BadRecipe, DeploymentNotFound, NearlineError, ServiceUnavailable
 from storage.models import RunState
@@ -58,6 +60,8 @@ _IN_HAND = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 _PAGE = 200
 # So long the flow that made a decision may take to tell it; a server forgets events after days, and so do we.
 _UNTOLD_S, _FORGOTTEN_S = 30.0, 86_400.0
+# What may go is looked for so often.
+_KEEP_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Deed:
     """What was done about one run; ``why`` in words."""
 
     run: str
-    action: Literal["started", "ended", "left", "told"]
+    action: Literal["started", "ended", "left", "told", "deleted"]
     why: str
     flow_run_id: str | None = None
 
@@ -82,6 +86,7 @@ class CatchUp:
         self._done: set[str] = set()
         self._left: dict[str, str] = {}
         self._told: set[UUID] = set()
+        self._next_keeping, self._kept = 0.0, set[str]()
 
     def follow(self, stop: threading.Event, *, every_s: float = LOOK_S) -> Iterator[Deed]:
         """Look again and again until told to stop; a server that is away is waited for."""
@@ -117,7 +122,11 @@ class CatchUp:
                     alive.add(_run_of(flow_run))
             for folder in self._missed(alive):
                 deeds += self._start(client, deployments, folder)
+            deeds += self._end_others(client, deployments)
             deeds += self._tell(client)
+            if time.monotonic() >= self._next_keeping:
+                self._next_keeping = time.monotonic() + _KEEP_S
+                deeds += self._keep(client)
         return deeds
 
     # ---- runs on disk -----------------------------------------------------------------------------
@@ -140,7 +149,8 @@ class CatchUp:
         if folder.state is RunState.deleted:
             return True
         whole = [p for p in find_processings(folder.path).values() if p.manifest.part is None]
-        return any(processing.is_finished for processing in whole)
+        done = {p.manifest.data_source for p in whole if p.is_finished}
+        return bool(done) and done.issuperset(self._sources(folder))
 
     def _is_due(self, folder: RunFolder) -> bool:
         first = min((t for s in self._sources(folder) if (t := _first_sealed(folder, s)) is not None), default=None)
@@ -191,13 +201,29 @@ class CatchUp:
         )
         yield Deed(name, "started", _why_started(before), str(flow_run.id))
 
-    def _why_dead(self, client: SyncPrefectClient, flow_run: FlowRun) -> str | None:
-        """Why nobody can be at work on it, though the server believes so; None if somebody may be."""
+    def _end_others(self, client: SyncPrefectClient, deployments: dict[str, UUID]) -> Iterator[Deed]:
+        """Flow runs of the other deployments whose process is gone: each takes a place of its pool until it has ended.
+
+        They are not begun again: who asked for a comparison or a merge sees that it crashed, and asks anew.
+        """
+        mine = {one.id: one.name for one in deployments_of(client, self._experiment.experiment)}
+        others = [known_as for known_as in mine if known_as not in deployments.values()]
+        for flow_run in _flow_runs(client, others, state=_ACTIVE) if others else ():
+            if (why := self._why_dead(client, flow_run, has_claim=False)) is not None:
+                yield _end(client, flow_run, why)
+
+    def _why_dead(self, client: SyncPrefectClient, flow_run: FlowRun, *, has_claim: bool = True) -> str | None:
+        """Why nobody can be at work on it, though the server believes so; None if somebody may be.
+
+        has_claim : whether somebody who is at work holds a claim on a processing.
+        """
         state = flow_run.state
         if state is None or state.type not in _IN_HAND:
             return None
         age_s = (datetime.now(UTC) - state.timestamp).total_seconds()
         if not _is_of_process_pool(client, flow_run):
+            if not has_claim:
+                return None
             is_gone = state.type is StateType.RUNNING and age_s > _UNCLAIMED_S
             why = f"nobody has claimed the run for {age_s:.0f} s"
         elif (pid := flow_run.infrastructure_pid) is None:
@@ -208,7 +234,7 @@ class CatchUp:
             # Prefect does not say on which machine a process is.
             is_gone = age_s > _UNCLAIMED_S or not _has_workers_elsewhere(client, flow_run)
             why = f"process {pid} is gone"
-        return why if is_gone and not self._is_claimed(_run_of(flow_run)) else None
+        return why if is_gone and not (has_claim and self._is_claimed(_run_of(flow_run))) else None
 
     def _is_claimed(self, name: str) -> bool:
         try:
@@ -216,6 +242,28 @@ class CatchUp:
         except NearlineError:
             return False
         return any(processing.is_claimed for processing in find_processings(folder.path).values())
+
+    # ---- what may go ------------------------------------------------------------------------------
+
+    def _keep(self, client: SyncPrefectClient) -> Iterator[Deed]:
+        """What the experiment's file says of how long data are kept; nothing goes where it says nothing."""
+        gone = let_go_of_runs(self._experiment)
+        for one in gone.deleted:
+            yield Deed(one.run, "deleted", f"retention: {one.n_bytes / 1e9:.1f} GB in {one.n_files} files")
+        for run, why in gone.refused.items():
+            if self._left.get(run) != why:
+                self._left[run] = why
+                yield Deed(run, "left", why)
+        wanted = [due for due in due_vetoes(self._experiment) if due.key not in self._kept]
+        if not wanted:
+            return
+        deployment = client.read_deployment_by_name(f"retain-run/{self._experiment.experiment}")
+        for due in wanted:
+            flow_run = client.create_flow_run_from_deployment(
+                deployment.id, parameters=due.parameters, tags=["catch-up"], idempotency_key=due.key
+            )
+            self._kept.add(due.key)
+            yield Deed(due.run, "started", f"retain-run: {due.why}", str(flow_run.id))
 
     # ---- decisions --------------------------------------------------------------------------------
 
@@ -269,7 +317,7 @@ def _flow_run_name(run: str) -> str:
 
 
 def _run_of(flow_run: FlowRun) -> str:
-    return str(flow_run.parameters.get("run", ""))
+    return str(flow_run.parameters.get("run") or flow_run.name)
 
 
 def _end(client: SyncPrefectClient, flow_run: FlowRun, why: str) -> Deed:

@@ -45,6 +45,7 @@ __all__ = [
     "automation_name",
     "default_api",
     "deploy",
+    "deployments_of",
     "flow_run_counts",
     "prefect_client",
     "undeploy",
@@ -143,7 +144,7 @@ def undeploy(name: str, api: str) -> list[Change]:
     with prefect_client(api) as client:
         changes = [_remove_automation(client, a) for a in client.read_automations_by_name(automation_name(name))]
         changes += _remove_variable(client, name)
-        mine = _deployments_of(client, name)
+        mine = deployments_of(client, name)
         for found in mine:
             client.delete_deployment(found.id)
             changes.append(Change("deployment", _full_name(client, found), "removed"))
@@ -303,7 +304,7 @@ def _first_paragraph(flow: "Flow[..., Any]") -> str:
     return " ".join((flow.description or "").split("\n\n")[0].split())
 
 
-def _deployments_of(client: SyncPrefectClient, experiment: str) -> list[DeploymentResponse]:
+def deployments_of(client: SyncPrefectClient, experiment: str) -> list[DeploymentResponse]:
     mine = DeploymentFilter(tags=DeploymentFilterTags(all_=[_TAG, f"experiment:{experiment}"]))
     return client.read_deployments(deployment_filter=mine)
 

@@ -40,7 +40,7 @@ from storage.stream_source import FolderSource, state_of
 
 __all__ = [
     "Background", "ChunkPlan", "VetoPlan", "VetoRecord", "carry_out_veto", "find_veto", "hold_frames", "mark_veto",
-    "plan_veto", "read_background", "undo_veto", "veto_of",
+    "plan_veto", "read_background", "undo_veto", "veto_of", "veto_stages",
 ]  # fmt: skip
 
 Stage = Literal["marked", "begun", "done", "undone"]
@@ -266,6 +266,11 @@ def find_veto(folder: RunFolder) -> tuple[VetoPlan, Stage] | None:
         if stage in ("marked", "begun"):
             return parse_file(VetoPlan, _folder_of(folder, veto) / "plan.json"), stage
     return None
+
+
+def veto_stages(folder: RunFolder) -> tuple[Stage, ...]:
+    """How far each veto of a run is, oldest first."""
+    return tuple(stage for stage, _ in _stages(folder).values())
 
 
 def veto_of(folder: RunFolder, data_source: str, frame_index: int) -> VetoRecord | None:

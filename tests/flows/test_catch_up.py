@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
@@ -16,10 +16,17 @@ from flows.catch_up import CatchUp
 from flows.decisions import Decision, decisions_of
 from flows.deploying import deploy, prefect_client, undeploy
 from flows.experiment import Experiment, load_experiment
+from flows.keeping import due_vetoes
 from flows.run_processing import ProcessRequest, run_processing
 from flows.telling import event_id, tell_again
+from flows.veto_frames import VetoRequest, next_step
 from storage.errors import DeploymentNotFound, ServiceUnavailable
+from storage.models import RunState
+from storage.run_folder import RunFolder
 from storage.step_store import Processing
+from storage.stream_store import StreamStore
+from storage.veto import undo_veto
+from tests.storage.stores import new_header, put
 
 NAME = "lyso"
 NOBODY = "tcp://127.0.0.1:9"
@@ -44,6 +51,12 @@ def deployed(prefect_server, simulated_run, tmp_path):
             if flow_run.deployment_id is not None and "catch-up" in (flow_run.tags or []):
                 client.delete_flow_run(flow_run.id)
     undeploy(NAME, api)
+
+
+def with_retention(experiment: Experiment, **retention) -> Experiment:
+    """The same, as if its file had said so; deployed already."""
+    kept = experiment.retention.model_copy(update=retention)
+    return experiment.model_copy(update={"retention": kept})
 
 
 def catch_up(experiment: Experiment, api: str) -> list:
@@ -85,6 +98,77 @@ def test_a_processed_run_is_left_alone(deployed):
     recipe = {"steps": [{"use": "find_peaks"}]}
     run_processing(ProcessRequest(run=str(experiment.root / "lyso" / "1"), recipe=recipe))
     assert catch_up(experiment, api) == []
+
+
+def test_a_run_of_two_detectors_is_done_when_both_are(deployed):
+    experiment, api = deployed
+    second = experiment.data_sources[0].model_copy(update={"name": "jungfrau", "endpoint": "tcp://127.0.0.1:31002"})
+    experiment = experiment.model_copy(update={"data_sources": (*experiment.data_sources, second)})
+    folder = RunFolder.open(experiment.root / "lyso" / "1")
+    detector = folder.stream_header("eiger").detector
+    store = StreamStore.create(folder, new_header(data_source="jungfrau", detector=detector))
+    put(store, 0, 1, 2)
+    store.finish(3, "lost")
+    store.close()
+    recipe = {"steps": [{"use": "find_peaks"}]}
+    for source, deeds in (("eiger", ["started"]), ("jungfrau", [])):
+        run_processing(ProcessRequest(run=str(folder.path), recipe=recipe, data_source=source))
+        assert [deed.action for deed in catch_up(experiment, api)] == deeds
+        if deeds:
+            with prefect_client(api) as client:  # or it would be under way
+                for flow_run in client.read_flow_runs():
+                    client.delete_flow_run(flow_run.id)
+
+
+@pytest.mark.parametrize("pid", [None, "dead"])
+def test_a_flow_run_of_another_kind_whose_process_is_gone_is_ended_and_left(deployed, pid):
+    """Or it would hold its place in the pool for ever."""
+    experiment, api = deployed
+    run_processing(ProcessRequest(run=str(experiment.root / "lyso" / "1"), recipe={"steps": [{"use": "find_peaks"}]}))
+    with prefect_client(api) as client:
+        deployment = client.read_deployment_by_name(f"reprocess-runs/{NAME}")
+        made = client.create_flow_run_from_deployment(deployment.id, parameters={"runs": ["lyso/1"]}, tags=["catch-up"])
+    assert catch_up(experiment, api) == [], "it waits for a worker"
+    pretend(api, str(made.id), Running(), dead_pid() if pid else None)
+    deeds = catch_up(experiment, api)
+    assert [deed.action for deed in deeds] == (["ended"] if pid else []), "a worker may be about to name its process"
+    assert read(api, str(made.id)).state.type is (StateType.CRASHED if pid else StateType.RUNNING)
+    assert catch_up(experiment, api) == []
+
+
+def test_runs_go_when_the_file_says_so(deployed):
+    experiment, api = deployed
+    run_processing(ProcessRequest(run=str(experiment.root / "lyso" / "1"), recipe={"steps": [{"use": "find_peaks"}]}))
+    assert catch_up(with_retention(experiment, older_than="30d"), api) == []
+    assert catch_up(with_retention(experiment, older_than="0min", keep_last=1), api) == []
+    (deed,) = catch_up(with_retention(experiment, older_than="0min"), api)
+    assert (deed.run, deed.action) == ("lyso/1", "deleted")
+    folder = RunFolder.open(experiment.root / "lyso" / "1")
+    assert folder.state is RunState.deleted
+    assert "retention of lyso" in str([event.payload for event in folder.events("run_deleted")])
+
+
+def test_non_hits_are_marked_and_go_when_their_time_is_over(deployed):
+    experiment, api = deployed
+    run = experiment.root / "lyso" / "1"
+    recipe = {"steps": [{"use": "find_peaks"}]}
+    run_processing(ProcessRequest(run=str(run), recipe=recipe))
+    experiment = with_retention(experiment, veto_non_hits="1min")
+    work = CatchUp(experiment, api, patience_s=0)
+    (deed,) = work.look()
+    assert (deed.run, deed.action, deed.why) == ("lyso/1", "started", "retain-run: marked by p1: not a hit")
+    asked = read(api, deed.flow_run_id)
+    assert asked.work_pool_name == "catch-up-reprocess"
+    assert asked.parameters | {"grace": ""} == asked.parameters | {"run": "lyso/1", "processing": "p1", "grace": ""}
+    assert [work.look(), catch_up(experiment, api)[0].flow_run_id] == [[], deed.flow_run_id], "it is asked for once"
+    # What the flow does, without a worker: as marked, nothing is due for an hour, and then it is.
+    given = {name: asked.parameters[name] for name in ("run", "processing", "grace")}
+    step = next_step(VetoRequest(**given | {"run": str(run)}, by="test"))
+    assert step.stage == "marked"
+    assert step.plan.due_at > datetime.now(UTC) + timedelta(minutes=55)
+    assert list(due_vetoes(experiment)) == []
+    undo_veto(RunFolder.open(run), by="test")
+    assert list(due_vetoes(experiment)) == [], "somebody wants to keep them"
 
 
 def test_a_decision_that_the_server_missed_is_told_once(deployed):

@@ -35,6 +35,7 @@ from storage.geometry_snapshot import GeometrySnapshot
 from storage.models import Model
 from storage.step_store import Manifest, Processing, find_processings
 from storage.veto import hold_frames
+from streaming.memory import give_back_freed_memory
 from streaming.retrieval import Chunk, Run, Stream, open_run
 from tasks.chunk_job import ChunkJob, analysis_header, analysis_mask
 from tasks.process_chunk import ChunkResult, code_digest
@@ -46,6 +47,8 @@ log = logging.getLogger("nearline.process")
 
 _WAIT_FOR_STREAM_S = 60.0
 _N_PICTURES = 4
+# Chunks after which freed memory is given back.
+_TRIM_EVERY = 20
 
 # Opens what carries out the jobs of a processing.
 OpenExecutor = Callable[[Execution], AbstractContextManager[Executor]]
@@ -265,6 +268,8 @@ class _Work:
         if (snapshot := self._geometries.take(result)) is not None:
             self._snapshots.append(snapshot)
         self._processing.add_chunk(result.manifest)
+        if self._totals.chunks % _TRIM_EVERY == 0:
+            give_back_freed_memory()
         lag_frames = self._stream.status.announced - chunk.stop
         detector = self._geometries.header(job.geometry).detector
         self._reporter.chunk_done(

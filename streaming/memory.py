@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["begin_with_huge_pages", "collect_rarely", "keep_freed_memory", "let_go_of_code"]
+__all__ = ["begin_with_huge_pages", "collect_rarely", "give_back_freed_memory", "keep_freed_memory", "let_go_of_code"]
 
 # mallopt's parameters (malloc.h of glibc).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -42,6 +42,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
         if "glibc.malloc.arena_max" not in os.environ.get(_TUNABLES, ""):
             mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give the system what is free between what is in use.
+
+    Where many threads allocate and free tables of all sizes the heap frays: a flow holds some 60 kB more after each
+    chunk, 100 MB after an hour, in which there is nothing. Takes some milliseconds. Elsewhere nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def begin_with_huge_pages() -> None:

@@ -87,3 +87,23 @@ assert numba.njit(lambda a: a + 2.0)(1) == 3.0, "the compiler is read again and 
 def test_a_compiler_that_is_let_go_of_takes_no_memory_and_still_compiles() -> None:
     done = subprocess.run([sys.executable, "-c", _COMPILER], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 20
+
+
+FRAYED = """
+from streaming.memory import give_back_freed_memory
+resident = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) >> 10
+blocks = [bytearray(60_000) for _ in range(4000)]
+kept = blocks[::40] + [bytearray(60_000)]
+del blocks
+before = resident()
+give_back_freed_memory()
+print(before, resident(), len(kept))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_memory_that_is_free_between_what_is_in_use_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", FRAYED], capture_output=True, text=True, check=True, timeout=60)
+    before, after, _ = map(int, done.stdout.split())
+    assert before > 200
+    assert after < before - 150

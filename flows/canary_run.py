@@ -6,6 +6,7 @@ from prefect import flow, runtime
 
 from flows.canary import try_recipe
 from flows.comparison_page import show_comparison
+from flows.giving_way import give_way
 from flows.parameters import DataSource, RecipeParameter, Root, RunName, ServiceAddress, Threads, described
 from streaming.retrieval import open_run
 from tasks.recipe import load_recipe
@@ -26,6 +27,7 @@ def canary_run(
     n_threads: Threads = None,
 ) -> dict[str, Any]:
     """Try a recipe on the newest minute of a run, live or finished, and compare it with the running processing."""
+    give_way()
     flow_run = (str(runtime.flow_run.id), str(runtime.flow_run.ui_url))
     opened = open_run(run, service=service, root=root)
     summary, found = try_recipe(

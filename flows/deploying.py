@@ -33,7 +33,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 
-from flows.experiment import RECIPE_PREFIX, Execution, Experiment, Pool, all_recipes, retention_policy, stop_for
+from flows.experiment import RECIPE_PREFIX, Execution, Experiment, Pool, all_recipes, stop_for
 from storage.errors import BadExperiment, ServiceUnavailable
 
 __all__ = [
@@ -168,7 +168,6 @@ def flow_parameters(experiment: Experiment) -> dict[str, Any]:
     is_one = len(recipes) == 1 and len(stops) == 1
     if not is_one and experiment.file is None:
         raise BadExperiment("samples differ in their recipes: read the experiment from a file (load_experiment)")
-    policy, retention = retention_policy(experiment), experiment.retention
     values = {
         "experiment": experiment.experiment,
         "recipe": next(iter(recipes.values())).model_dump(mode="json")
@@ -182,9 +181,7 @@ def flow_parameters(experiment: Experiment) -> dict[str, Any]:
         # By the experiment file the flow reads the run's own.
         "stop": list(next(iter(stops))) or None if is_one else None,
         "frames_per_file": experiment.exports.frames_per_file,
-        "grace": retention.veto_non_hits,
-        "older_than": retention.older_than if policy else None,
-        "keep_last": retention.keep_last if policy else None,
+        "grace": experiment.retention.veto_non_hits,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -287,8 +287,8 @@ def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, scale: float, kn
     if abs(scale - 1) > _MOST_DISTANCE_ERROR:
         return CellReport(
             **facts,
-            why=f"{n_agreeing} hits agree on {cell.describe()}, but want the detector {100 * (scale - 1):+.0f} % "
-            "farther away, so it is not proposed; correct detector_distance (or the wavelength) and try again",
+            why=f"{n_agreeing} hits agree on {cell.describe()}, but want the detector {_distance_in_words(scale)}, "
+            "so it is not proposed; correct detector_distance (or the wavelength) and try again",
         )
     return CellReport(
         **facts,
@@ -306,6 +306,13 @@ def _report(agreed: AgreedCell, cell: UnitCell, n_indexed: int, scale: float, kn
         is_one_orientation=agreed.is_one_orientation,
         cells=tuple(tuple(float(v) for v in row.round(3)) for row in agreed.parameters),
     )
+
+
+def _distance_in_words(scale: float) -> str:
+    """True over assumed distance; at either end of what is tried it may be more."""
+    is_at_end = not 0.945 < scale < 1.055
+    more = " or more" if is_at_end else ""
+    return f"{100 * abs(scale - 1):.0f} %{more} {'farther away' if scale > 1 else 'nearer'}"
 
 
 def _possible(lattice: BravaisLattice) -> PossibleLattice:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from prefect import flow, runtime
 
+from flows.giving_way import give_way
 from flows.markdown_page import MarkdownPage
 from flows.merged_files import shell_table
 from flows.merging import MergeRequest, lines_about, merge_runs
@@ -27,6 +28,8 @@ Polarisation = Annotated[
     float | None,
     described("Polarisation", "Horizontal fraction of the beam, for the correction; empty for none", ge=0, le=1),
 ]
+Mates = Annotated[Literal["merged", "apart"], described("Friedel mates", "Merged, or apart for anomalous differences")]
+Name = Annotated[str, described("File name", "What the files and the page are called by")]
 Split = Annotated[
     str | None,
     described("Split by", "A column of the frames, such as laser, or a condition: a set of files for each value"),
@@ -44,14 +47,14 @@ def merge_dataset(
     where: Where = None,
     processing: OptionalProcessing = None,
     d_min: Resolution = None,
-    friedel_mates: Literal["merged", "apart"] = "merged",
+    friedel_mates: Mates = "merged",
     scale: Scale = True,
     partiality: Partiality = True,
     resolve: Resolve = True,
     polarisation: Polarisation = 0.99,
     split: Split = None,
     output: Output = None,
-    name: str = "merged",
+    name: Name = "merged",
     service: ServiceAddress = None,
     root: Root = None,
 ) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def merge_dataset(
     Crystals are indexed alike where the lattice leaves a choice, scaled together, and merged by asymmetric unit. The
     summary has the statistics and the files.
     """
+    give_way()
     request = MergeRequest(
         runs=tuple(runs), where=where, processing=processing, d_min=d_min, friedel_mates=friedel_mates, scale=scale,
         partiality=partiality, resolve=resolve, polarisation=polarisation, split=split, name=name, service=service,

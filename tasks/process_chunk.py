@@ -79,6 +79,9 @@ def plan_steps(recipe: Recipe, commit: ChunkCommit, header: StreamHeader, mask: 
         step = _step_of(spec)
         upstream = [one.digest for one in plan]
         key = base | {"binning": binning, "upstream": upstream} | _identity(step, spec, recipe)
+        if ":" in spec.use:
+            # A step of somebody's own may look at anything that the stream's header says, such as the user's data.
+            key["header"] = header.model_dump(mode="json", exclude={"codec", "detector"})
         digest = blake3.blake3(json.dumps(key, sort_keys=True).encode()).hexdigest()
         plan.append(PlannedStep(spec, step, key, digest, binning))
         params = _params(step, spec)

@@ -93,6 +93,7 @@ def library_versions() -> dict[str, str]:
         "numpy": version("numpy"),
         "numba": version("numba"),
         "gemmi": version("gemmi"),
+        "scipy": version("scipy"),
     }
 
 

@@ -51,7 +51,8 @@ def test_a_wrong_distance_is_said(run, error):
     at = SETTINGS.simulator().header.detector_distance
     hardly, why = notes_of(run, LYSOZYME, {"detector_distance": error * at})
     assert re.match(r"None of \d\d hits is indexed: cell, distance, wavelength or beam centre are wrong", hardly)
-    assert re.match(r"Looked at without a cell: .* detector [+-]\d % farther away", why)
+    assert re.match(r"Looked at without a cell: .* detector 6 % or more (nearer|farther away)", why)
+    assert ("nearer" in why) == (error > 1)
 
 
 def test_the_right_cell_is_not_talked_about(run):

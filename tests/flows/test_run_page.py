@@ -11,7 +11,11 @@ from prefect.utilities.callables import parameter_schema
 
 from flows.canary_run import canary_run
 from flows.charts import as_image, histogram, lines
+from flows.export_nexus import export_nexus
+from flows.merge_dataset import merge_dataset
+from flows.process_run import process_run
 from flows.reprocess_runs import reprocess_runs
+from flows.retain_run import retain_run
 from flows.run_page import RunPage
 from flows.run_processing import ProcessRequest, run_processing
 from flows.run_warnings import ChunkFigures, warnings_of
@@ -128,7 +132,10 @@ def test_columns_of_a_long_run_take_no_more_room():
     assert "ok over frames" in columns.charts()
 
 
-@pytest.mark.parametrize("flow", [reprocess_runs, canary_run], ids=lambda flow: flow.name)
+ALL_FLOWS = [process_run, reprocess_runs, canary_run, merge_dataset, retain_run, export_nexus]
+
+
+@pytest.mark.parametrize("flow", ALL_FLOWS, ids=lambda flow: flow.name)
 def test_every_parameter_says_in_the_form_what_it_is(flow):
     for name, field in parameter_schema(flow.fn).properties.items():
         assert field["title"] != name

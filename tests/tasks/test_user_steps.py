@@ -9,10 +9,12 @@ from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe
 from storage.frame import FrameInfo, RawFrame, blob_crc32c, blob_digest
 from storage.models import RunHeader, StreamHeader
-from storage.run_folder import RunFolder
+from storage.run_folder import ChunkCommit, RunFolder
 from storage.stream_store import StreamStore
 from streaming.retrieval import open_run
 from tasks.chunk_frames import ChunkFrames
+from tasks.process_chunk import plan_steps
+from tasks.recipe import load_recipe
 from tasks.user_steps import user_step
 
 N_FRAMES, CHUNK = 6, 4
@@ -88,6 +90,21 @@ def test_a_chunk_without_frames_agrees_with_any_other():
 
 def returns_nothing(chunk: ChunkFrames) -> dict:
     return {"total": np.array([]), "profile": np.array([])}
+
+
+def test_what_the_header_says_belongs_to_the_key_of_a_step_of_ones_own():
+    """The references of a fit may be there, and other ones must not find the results of these. Ours look at nothing so."""
+    recipe = load_recipe({"steps": [{"use": "bin", "params": {"factor": 2}}, {"use": f"{__name__}:profiles"}]})
+    commit = ChunkCommit.model_construct(digest="chunk")
+    of_image = header().model_copy(update={"shape": (4, 6)})
+
+    def digests(**user_data) -> list[str]:
+        plan = plan_steps(recipe, commit, of_image.model_copy(update={"user_data": user_data}), np.zeros((4, 6), "u1"))
+        return [one.digest for one in plan]
+
+    (bin_a, own_a), (bin_b, own_b) = digests(reference=[1, 2]), digests(reference=[1, 3])
+    assert (bin_a == bin_b, own_a == own_b) == (True, False)
+    assert digests(reference=[1, 2]) == [bin_a, own_a]
 
 
 @pytest.fixture

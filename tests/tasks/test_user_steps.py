@@ -93,7 +93,7 @@ def returns_nothing(chunk: ChunkFrames) -> dict:
 
 
 def test_what_the_header_says_belongs_to_the_key_of_a_step_of_ones_own():
-    """The references of a fit may be there, and other ones must not find the results of these. Ours look at nothing so."""
+    """The references of a fit may be there, and other ones must not find the results of these. Ours do not."""
     recipe = load_recipe({"steps": [{"use": "bin", "params": {"factor": 2}}, {"use": f"{__name__}:profiles"}]})
     commit = ChunkCommit.model_construct(digest="chunk")
     of_image = header().model_copy(update={"shape": (4, 6)})

@@ -159,7 +159,8 @@ class CatchUp:
         return not any(processing.is_claimed for processing in find_processings(folder.path).values())
 
     def _sources(self, folder: RunFolder) -> list[str]:
-        return [s.name for s in self._experiment.data_sources if s.name in folder.data_sources()]
+        stored = (s.name for s in self._experiment.data_sources if s.persistence == "stored")
+        return [name for name in stored if name in folder.data_sources()]
 
     # ---- the server -------------------------------------------------------------------------------
 

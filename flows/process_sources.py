@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 from storage.errors import ProcessingBusy, StreamNotFound
+from storage.models import StreamHeader
 from streaming.retrieval import Run
 
 __all__ = ["Summaries", "process_sources"]
@@ -32,7 +33,7 @@ def process_sources(
     Parameters
     ----------
     sources : their names; ``all`` are the detectors of the run (`storage.models.StreamHeader`: frames, of no parent,
-        not a channel), also those that a live run gets later.
+        not a channel, not in memory only), also those that a live run gets later.
     process : processes one source, by name, to its end.
 
     Raises
@@ -56,13 +57,12 @@ def process_sources(
 
 
 def _detectors(run: Run) -> Iterator[str]:
-    """The detectors of a run, each as soon as its header is known, until the run has ended."""
+    """The detectors of a run whose frames are kept, each as soon as its header is known, until the run has ended."""
     known: set[str] = set()
     while True:
         is_over = run.state.is_terminal  # asked first: what comes before the end is seen
         for name in run.data_sources:
-            header = run[name].header
-            if name not in known and header.kind == "frames" and header.parent is None and "." not in name:
+            if name not in known and "." not in name and _is_detector(run[name].header):
                 known.add(name)
                 yield name
         if is_over:
@@ -70,3 +70,7 @@ def _detectors(run: Run) -> Iterator[str]:
         time.sleep(_LOOK_AGAIN_S)
     if not known:
         raise StreamNotFound(f"run {run.name} has ended without a detector; name the data sources to process")
+
+
+def _is_detector(header: StreamHeader) -> bool:
+    return header.kind == "frames" and header.parent is None and not header.is_online

@@ -10,6 +10,7 @@ import pytest
 from flows.process_sources import process_sources
 from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe, ProcessingBusy, StreamNotFound
+from storage.models import StreamHeader
 from storage.step_store import Processing, find_processings
 from streaming.producer import Producer
 from streaming.retrieval import open_run
@@ -62,6 +63,23 @@ def process_in(service, run, recipes):
         return run_processing(ProcessRequest(run=run, recipe=recipes[name], data_source=name, service=service.address))
 
     return process
+
+
+def test_a_detector_that_is_in_memory_only_is_not_among_all_of_them(service, tmp_path):
+    header = StreamHeader(
+        experiment="lyso", run=1, data_source="jungfrau", shape=SHAPES["jungfrau"], dtype="uint16", persistence="online"
+    )
+    with Producer(service.address, "lyso", "eiger") as one, Producer(service.address, "lyso", "jungfrau") as two:
+        stored = one.run(1)
+        send(service.address, "eiger", stored)
+        online = two.run(1, join=True)
+        online.start(header)
+        send(service.address, "jungfrau", online)
+        stored.finish()
+        online.finish()
+    run = open_run("lyso/1", service=service.address)
+    found = process_sources(run, "all", process_in(service, "lyso/1", {"eiger": BIN}))
+    assert {name: summary["frames"] for name, summary in found.items()} == {"eiger": N_FRAMES["eiger"]}
 
 
 def test_all_detectors_of_a_live_run_also_one_that_comes_later(service, tmp_path):

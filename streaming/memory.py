@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Have glibc give the system what is free between what is in use.
 
-    Where many threads allocate and free tables of all sizes the heap frays: a flow holds some 60 kB more after each
-    chunk, 100 MB after an hour, in which there is nothing. Takes some milliseconds. Elsewhere nothing happens.
+    Where many threads allocate and free tables of all sizes the heap frays: a processing holds some 30 kB more
+    after each chunk, in which there is nothing. Takes some milliseconds. Elsewhere nothing happens.
     """
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

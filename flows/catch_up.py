@@ -207,8 +207,8 @@ class CatchUp:
 
         They are not begun again: who asked for a comparison or a merge sees that it crashed, and asks anew.
         """
-        mine = {one.id: one.name for one in deployments_of(client, self._experiment.experiment)}
-        others = [known_as for known_as in mine if known_as not in deployments.values()]
+        mine = {one.id for one in deployments_of(client, self._experiment.experiment)}
+        others = sorted(mine - set(deployments.values()))
         for flow_run in _flow_runs(client, others, state=_ACTIVE) if others else ():
             if (why := self._why_dead(client, flow_run, has_claim=False)) is not None:
                 yield _end(client, flow_run, why)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from flows.finding_cell import CellReport, find_cell
 from flows.run_tally import cell_of
+from flows.run_warnings import ENOUGH_HITS, HARDLY_INDEXED
 from storage.errors import NearlineError
 from storage.step_store import ChunkManifest, Processing, StepStore
 from streaming.retrieval import Run
@@ -24,12 +25,10 @@ __all__ = ["CellCheck", "words_of_cell", "words_of_no_cell"]
 
 log = logging.getLogger("nearline.process")
 
-# Hits before anything is asked, and of these those that are searched.
-_ENOUGH_HITS, _N_SEARCHED = 50, 40
+# Of the first hits those that are searched.
+_N_SEARCHED = 40
 # Indexing does well when it indexes this share of the hits, and this share of the spots of a usual indexed frame.
 _INDEXED_HITS, _INDEXED_SPOTS = 0.6, 0.9
-# With fewer hits indexed than this share it is said why the spots give no cell either.
-_HARDLY_INDEXED = 0.02
 _LAST_S = 60.0
 _COUNTED = frozenset(("frame_index", "n_indexed", "n_spots"))
 _INDEXERS = ("index", "index_dials", "index_indexamajig")
@@ -48,7 +47,7 @@ class CellCheck:
 
     def take(self, chunk: ChunkManifest) -> None:
         """Take in a processed chunk; the first that makes hits enough may begin the search."""
-        if self._cell is None or self._thread is not None or self._n_hits >= _ENOUGH_HITS:
+        if self._cell is None or self._thread is not None or self._n_hits >= ENOUGH_HITS:
             return
         self._n_hits += chunk.n_hits
         self._n_indexed += chunk.n_indexed
@@ -56,7 +55,7 @@ class CellCheck:
             table = self._store.read(digest, "crystals")
             if table is not None and len(table) and _COUNTED.issubset(table.column_names):
                 self._shares.append(indexed_share(table))
-        if self._n_hits >= _ENOUGH_HITS and not self._does_well():
+        if self._n_hits >= ENOUGH_HITS and not self._does_well():
             self._thread = threading.Thread(target=self._search, args=(self._cell,), name="cell-check", daemon=True)
             self._thread.start()
 
@@ -77,7 +76,7 @@ class CellCheck:
         except (NearlineError, OSError) as error:  # frames, or a table, that have gone meanwhile: nothing is said
             log.warning("the cell of %s was not looked into: %s", self._processing, error)
             return
-        hardly_any = self._n_indexed < _HARDLY_INDEXED * self._n_hits
+        hardly_any = self._n_indexed < HARDLY_INDEXED * self._n_hits
         self.words = words_of_cell(found, cell) or (words_of_no_cell(found) if hardly_any else "")
         if self.words:
             log.warning("%s: %s", self._processing.name, self.words)

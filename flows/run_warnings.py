@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["N_RINGS", "RING_WIDTH", "ChunkFigures", "along_the_run", "warnings_of"]
+__all__ = ["ENOUGH_HITS", "HARDLY_INDEXED", "N_RINGS", "RING_WIDTH", "ChunkFigures", "along_the_run", "warnings_of"]
 
 # Chunks looked at as "now", and at least so many before them to compare with.
 _RECENT, _BEFORE = 5, 5
@@ -16,7 +16,7 @@ _SIGMAS, _FACTOR = 5.0, 1.5
 _BLANK = 5
 _SATURATED = 0.01
 # Hits of which at least so many should be indexed, and peaks that are more than a crystal gives.
-_ENOUGH_HITS, _HARDLY_INDEXED, _MANY_PEAKS = 50, 0.02, 500
+ENOUGH_HITS, HARDLY_INDEXED, _MANY_PEAKS = 50, 0.02, 500
 # Looks back along a run: one in so many chunks, and so many at most.
 _LOOK_EVERY, _MOST_LOOKS = 5, 400
 _MOST_BEFORE = 100
@@ -103,7 +103,7 @@ def _unindexed(chunks: Sequence[ChunkFigures]) -> str:
     """Hits that are no crystals, or not those of the recipe, or not where the geometry has them."""
     recent = [c for c in chunks[-_MOST_BEFORE:] if c.seeks_lattices]
     n_hits, n_indexed, n_peaks = (sum(getattr(c, name) for c in recent) for name in ("n_hits", "n_indexed", "n_peaks"))
-    if n_hits < _ENOUGH_HITS or n_indexed >= _HARDLY_INDEXED * n_hits:
+    if n_hits < ENOUGH_HITS or n_indexed >= HARDLY_INDEXED * n_hits:
         return ""
     text = f"{n_indexed or 'None'} of {n_hits} hits {'is' if n_indexed < 2 else 'are'} indexed"
     if n_peaks >= _MANY_PEAKS * n_hits:

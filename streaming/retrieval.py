@@ -112,9 +112,7 @@ class Frame:
         ------
         GroupNeedsService : the frame does not come from a group.
         """
-        if self._leased is None:
-            raise GroupNeedsService("only a frame that was given out to a group can be acknowledged; follow(group=…)")
-        self._leased.is_done = True
+        self._in_group("acknowledged").is_done = True
 
     def retry_later(self, delay_s: float = 0.0) -> None:
         """In a group: have it delivered again after so long, to anyone, instead of acknowledged.
@@ -123,9 +121,12 @@ class Frame:
         ------
         GroupNeedsService : the frame does not come from a group.
         """
+        self._in_group("given back").retry_after_s = delay_s
+
+    def _in_group(self, what: str) -> LeasedFrame:
         if self._leased is None:
-            raise GroupNeedsService("only a frame that was given out to a group can be given back; follow(group=…)")
-        self._leased.retry_after_s = delay_s
+            raise GroupNeedsService(f"only a frame that was given out to a group can be {what}; follow(group=…)")
+        return self._leased
 
     @property
     def raw(self) -> RawFrame:

@@ -202,7 +202,9 @@ class Up:
     # ---- looking ------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        for words in self._supervisor.look():
+        said = self._supervisor.look()
+        self._look_at_programs()  # what is said is said with how they are now
+        for words in said:
             self._say(words)
         now = time.monotonic()
         if now - self._sampled_at > _STATUS_S:
@@ -211,7 +213,7 @@ class Up:
         if now - self._counted_at > _COUNT_S:
             self._counted_at = now
             self._count_flow_runs()
-        self._look_at_programs()
+        self._view.show(self._status)
 
     def _sample_service(self, now: float) -> None:
         try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nearline.prefect_server import is_healthy
 from storage.step_store import find_processings
 from streaming.simulator import SimulatorSettings, simulate
 
-STEPS = [{"use": "find_peaks"}, {"use": "tests.flows.own_steps:slowly"}]
+STEPS = [{"use": "find_peaks"}, {"use": "tests.flows.own_steps:noted"}]
 
 
 class UnderUp:
@@ -35,6 +36,7 @@ class UnderUp:
             "deployment": {
                 "root": "data", "service": {"address": f"tcp://127.0.0.1:{free_port()}"},
                 "prefect": {"port": self.prefect_port, "home": "prefect"},
+                "environment": {"DIARY": str(folder / "diary")},
             },
         }  # fmt: skip
         self.file = folder / "experiment.yaml"
@@ -101,6 +103,18 @@ class UnderUp:
         assert processing.is_claimed
         return processing.claimed_by.pid  # type: ignore[union-attr]
 
+    def restarts(self) -> Counter[str]:
+        """How often each program was said to be started again."""
+        words = (entry["said"].partition(" is started again (pid") for entry in self.said)
+        return Counter(name.split()[-1] for name, found, _ in words if found)
+
+    def diary(self) -> Counter[str]:
+        """How often each chunk has been begun, and done, since this was last asked."""
+        path = self.folder / "diary"
+        lines = path.read_text().splitlines()
+        path.unlink()
+        return Counter(lines)
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
@@ -136,27 +150,32 @@ def programs_of(folder: Path) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-@pytest.mark.campaign
-@pytest.mark.timeout(280)
+FLOW_RUN = "flow run"
+VICTIMS = ((FLOW_RUN,), ("worker-live",), ("prefect",), ("worker-live", "prefect"))
+CHUNKS = {f"{word} {first}" for word in ("begun", "done") for first in range(0, 40, 10)}
+
+
+@pytest.mark.timeout(400)
 def test_runs_are_processed_whoever_is_killed(under_up):
-    """Flow run, worker and Prefect server, each killed while a run is processed."""
+    """Flow run, worker, server, and worker and server at once, each killed while a run is processed."""
     up = under_up
     up.wait_for_words("everything is up")
     assert is_healthy(f"http://127.0.0.1:{up.prefect_port}/api")
 
-    up.take_run()
-    up.wait(lambda: up.is_begun(1), "run 1 is processed")
-    os.kill(up.flow_pid(1), signal.SIGKILL)
-    up.wait(lambda: up.n_processed(1) == 40, "run 1 is processed although its flow run was killed")
-
-    up.take_run()
-    up.wait(lambda: up.is_begun(2), "run 2 is processed")
-    os.kill(up.pid("worker-live"), signal.SIGKILL)
-    os.kill(up.pid("prefect"), signal.SIGKILL)
-    up.wait(lambda: up.n_processed(2) == 40, "run 2 is processed although worker and server were killed")
-    up.wait_for_words("worker-live is started again")
-    up.wait_for_words("prefect is started again")
-    up.wait(lambda: is_healthy(f"http://127.0.0.1:{up.prefect_port}/api"), "the server is back")
+    n_killed: Counter[str] = Counter()
+    for run, victims in enumerate(VICTIMS, 1):
+        up.take_run()
+        up.wait(lambda run=run: up.is_begun(run), f"run {run} is processed")
+        for name in victims:
+            os.kill(up.flow_pid(run) if name == FLOW_RUN else up.pid(name), signal.SIGKILL)
+        up.wait(lambda run=run: up.n_processed(run) == 40, f"run {run} is processed although {victims} were killed")
+        diary = up.diary()
+        assert set(diary) == CHUNKS
+        # One at a time: only what was under way may be begun anew.
+        assert sum(diary.values()) <= len(CHUNKS) + 1, diary
+        n_killed.update(name for name in victims if name != FLOW_RUN)
+        up.wait(lambda: not n_killed - up.restarts(), f"{n_killed} are started again")
+        up.wait(lambda: is_healthy(f"http://127.0.0.1:{up.prefect_port}/api"), "the server is back")
 
     assert len(programs_of(up.folder)) > 4
     assert up.stop() == 0

@@ -224,10 +224,11 @@ class _TaskExecutor:
 
 
 def _forget_results() -> None:
-    """Prefect keeps the result of every task to find dependencies: in a run of hours, hundreds of megabytes."""
+    """Prefect keeps of every task its result and its assets, to find dependencies: in hours, hundreds of megabytes."""
     context = FlowRunContext.get()
     if context is not None:
         context.run_results.clear()
+        context.task_run_assets.clear()
 
 
 def _as_it_is(value: T) -> T:

@@ -47,8 +47,8 @@ log = logging.getLogger("nearline.process")
 
 _WAIT_FOR_STREAM_S = 60.0
 _N_PICTURES = 4
-# Chunks after which freed memory is given back.
-_TRIM_EVERY = 20
+# How often freed memory is given back.
+_GIVE_BACK_S = 30.0
 
 # Opens what carries out the jobs of a processing.
 OpenExecutor = Callable[[Execution], AbstractContextManager[Executor]]
@@ -210,6 +210,7 @@ class _Work:
         self._geometries = GeometrySnapshots(processing, recipe, stream.header)
         self._totals = RunTotals()
         self._pictures: list[Path] = []
+        self._give_back_at = time.monotonic() + _GIVE_BACK_S
         self._snapshots: list[GeometrySnapshot] = []
         self._watch = RunWatch(run, processing, self._header, self._mask)
         self._derived = DerivedStreams(run, stream, processing, recipe, self._header)
@@ -268,8 +269,9 @@ class _Work:
         if (snapshot := self._geometries.take(result)) is not None:
             self._snapshots.append(snapshot)
         self._processing.add_chunk(result.manifest)
-        if self._totals.chunks % _TRIM_EVERY == 0:
+        if time.monotonic() > self._give_back_at:
             give_back_freed_memory()
+            self._give_back_at = time.monotonic() + _GIVE_BACK_S
         lag_frames = self._stream.status.announced - chunk.stop
         detector = self._geometries.header(job.geometry).detector
         self._reporter.chunk_done(

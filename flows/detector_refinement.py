@@ -74,14 +74,22 @@ class DetectorFindings(Record):
     shift_sigma_y: float = Field(description="px, standard deviation")
     cell_scale: float = Field(description="refined cell edges over those given")
     cell_scale_sigma: float
+    distance: float | None = Field(description="m, as it should be by the cell, if that is trusted")
+    distance_sigma: float | None = Field(description="m, standard deviation")
     largest_residual: float | None = Field(description="px, of the region of the detector that is off by most")
-    is_clear: bool = Field(description="the assumed beam centre, or the place of a panel, is certainly wrong")
+    is_clear: bool = Field(
+        description="the assumed beam centre, the place of a panel, or the distance is certainly wrong"
+    )
     panels: tuple[PanelFinding, ...] = Field((), description="of a geometry of several panels")
     words: tuple[str, ...] = Field(description="the same in words, and what to do")
 
 
-def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefinement]:
+def detector_of(processing: Processing, *, trust_cell: bool = False) -> tuple[DetectorFindings, DetectorRefinement]:
     """Refine the detector's place from all crystals of a processing, or of its newest geometry that has enough.
+
+    Parameters
+    ----------
+    trust_cell : the recipe's cell is known better than the distance, which is refined too.
 
     Raises
     ------
@@ -93,7 +101,8 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
         raise BadRecipe(f"processing {processing.name} has no cell; index with one first (recipe: sample.cell)")
     assert header.detector is not None
     shape = (header.image_shape[0], header.image_shape[1])
-    found = refine_detector(_crystals(processing, cell, geometry), header.detector, shape, cell)
+    crystals = _crystals(processing, cell, geometry)
+    found = refine_detector(crystals, header.detector, shape, cell, trust_cell=trust_cell)
     residual = found.largest_residual
     return DetectorFindings(
         run=f"{header.experiment}/{header.run}",
@@ -108,6 +117,8 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
         shift_sigma_y=found.shift_sigma[1],
         cell_scale=found.cell_scale,
         cell_scale_sigma=found.cell_scale_sigma,
+        distance=found.distance,
+        distance_sigma=found.distance_scale_sigma * header.detector.detector_distance if trust_cell else None,
         largest_residual=residual if math.isfinite(residual) else None,
         is_clear=found.is_clear,
         panels=tuple(map(PanelFinding.of, found.panels)),
@@ -116,11 +127,11 @@ def detector_of(processing: Processing) -> tuple[DetectorFindings, DetectorRefin
 
 
 def write_recipe(processing: Processing, findings: DetectorFindings, found: DetectorRefinement, path: Path) -> None:
-    """The processing's recipe with the beam centre, or the panels, as found, to reprocess with."""
+    """The processing's recipe with beam centre, or panels, and a distance as found, to reprocess with."""
     recipe = _newest_recipe(processing)
     refined = recipe.model_copy(update={"detector": refined_values(recipe, found), "refine_detector": None})
     content = refined.model_dump(mode="json", exclude_defaults=True)
-    what = "panels" if found.moved else "beam centre"
+    what = ("panels" if found.moved else "beam centre") + (" and distance" if found.distance else "")
     head = f"# {findings.run}:{findings.processing} with the {what} of its {findings.n_crystals} crystals\n"
     replace(path, (head + yaml.safe_dump(content, sort_keys=False)).encode())
 
@@ -143,12 +154,14 @@ def write_geometry(processing: Processing, findings: DetectorFindings, found: De
 
 
 def refined_values(recipe: Recipe, found: DetectorRefinement) -> dict[str, float | DetectorGeometry]:
-    """A recipe's detector values with the beam centre, or the panels, as found."""
+    """A recipe's detector values with beam centre, or panels, and a distance as found."""
     values = {name: value for name, value in recipe.detector.items() if name != "geometry"}
     if found.moved:
         # The new places have any other distance that the recipe gave in them.
         values.pop("detector_distance", None)
         return values | {"geometry": _moved(recipe, found)}
+    if found.distance is not None:
+        values |= {"detector_distance": round(found.distance, 7)}
     x, y = found.beam_center
     return values | {"beam_center_x": round(x, 4), "beam_center_y": round(y, 4)}
 
@@ -213,22 +226,36 @@ def _words(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]
     sigma = max(*found.shift_sigma, 0.01)
     where = f"({detector.beam_center_x:.2f}, {detector.beam_center_y:.2f})"
     yield from _words_of_panels(found)
-    if found.is_clear and not found.panels:
+    if found.is_shift_clear and not found.panels:
         yield (
             f"the beam centre is off by ({x:+.2f}, {y:+.2f}) ± {sigma:.2f} px: it is at "
             f"({found.beam_center[0]:.2f}, {found.beam_center[1]:.2f}), not {where}; reprocess with it"
         )
     elif not found.panels:
         yield f"the beam centre {where} is right within {max(3 * sigma, 0.05):.2f} px"
-    if abs(found.cell_scale - 1) > max(_NOTABLE_SCALE, 3 * found.cell_scale_sigma):
-        yield (
-            f"the cell comes out {100 * (found.cell_scale - 1):+.2f} % against the one given: distance unverified, for "
-            "a detector farther away by as much would look the same; compare with a powder of known lattice"
-        )
+    yield from _words_of_distance(found, detector)
     if found.largest_residual > _NOTABLE_PX:
         yield (
             f"a region of the detector is off by {found.largest_residual:.2f} px from the rest: a displaced module, a "
             "tilt, or a beam that is not at right angles; look at the picture"
+        )
+
+
+def _words_of_distance(found: DetectorRefinement, detector: DetectorHeader) -> Iterator[str]:
+    if found.distance is not None:
+        sigma = 1e3 * max(3 * found.distance_scale_sigma, 1e-4) * detector.detector_distance
+        where = f"{1e3 * detector.detector_distance:.3f} mm"
+        yield (
+            f"by the cell that is trusted the detector is {1e3 * found.distance:.3f} ± {sigma / 3:.3f} mm away, not "
+            f"{where} ({100 * (found.distance_scale - 1):+.3f} %); reprocess with it"
+            if found.is_distance_clear
+            else f"by the cell that is trusted the distance, {where}, is right within {sigma:.3f} mm"
+        )
+    elif abs(found.cell_scale - 1) > max(_NOTABLE_SCALE, 3 * found.cell_scale_sigma):
+        yield (
+            f"the cell comes out {100 * (found.cell_scale - 1):+.2f} % against the one given: distance unverified, for "
+            "a detector farther away by as much would look the same; compare with a powder of known lattice, or trust "
+            "the cell (--trust-cell)"
         )
 
 

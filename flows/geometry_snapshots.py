@@ -141,7 +141,7 @@ class _Watch:
         assert header.detector is not None
         shape = (header.image_shape[0], header.image_shape[1])
         try:
-            found = refine_detector(self._crystals, header.detector, shape, self._cell)
+            found = refine_detector(self._crystals, header.detector, shape, self._cell, trust_cell=self.rule.distance)
         except BadRecipe as error:  # crystals, but too few with spots enough
             log.info("geometry not refined: %s", error)
             found = None
@@ -163,6 +163,7 @@ class _Watch:
             shift=found.shift,
             shift_sigma=found.shift_sigma,
             largest_shift=_largest_shift(found),
+            distance=found.distance,
             detector=refined_values(recipe, found),
             inputs=self._inputs.hexdigest(),
             made_at=datetime.now(UTC),
@@ -182,6 +183,6 @@ def _spots_of(result: ChunkResult, cell: UnitCell) -> list[CrystalSpots]:
 
 
 def _largest_shift(found: DetectorRefinement) -> float:
-    """px, of the beam centre, or of the panel that is certainly off by most."""
+    """px, of the beam centre, of the panel that is certainly off by most, or of the outer spots by the distance."""
     shifts = [(panel.fast or 0.0, panel.slow or 0.0) for panel in found.panels if panel.is_clear]
-    return max((float((x * x + y * y) ** 0.5) for x, y in shifts or [found.shift]))
+    return max(found.distance_shift, *(float((x * x + y * y) ** 0.5) for x, y in shifts or [found.shift]))

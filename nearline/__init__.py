@@ -412,12 +412,15 @@ def tune(
     return report.model_dump(mode="json")
 
 
-def refine_detector(run: str, *, service: str | None = None, root: str | Path | None = None) -> dict[str, Any]:
+def refine_detector(
+    run: str, *, trust_cell: bool = False, service: str | None = None, root: str | Path | None = None
+) -> dict[str, Any]:
     """Say where the detector stands, from the crystals of a processing.
 
     Parameters
     ----------
     run : ``lyso-2026/17``, or with a processing ``lyso-2026/17:p2``; it must have indexed.
+    trust_cell : the recipe's cell is known better than the distance, which is refined too.
 
     Returns
     -------
@@ -433,7 +436,7 @@ def refine_detector(run: str, *, service: str | None = None, root: str | Path | 
     root = root or _root_from_environment()
     service = service or os.environ.get("NEARLINE_SERVICE")
     processing = open_processing(run, service=service, root=str(root) if root else None)
-    return detector_of(processing)[0].model_dump(mode="json")
+    return detector_of(processing, trust_cell=trust_cell)[0].model_dump(mode="json")
 
 
 def report(

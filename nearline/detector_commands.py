@@ -23,6 +23,10 @@ def refine_detector(
     run: Annotated[
         str, typer.Argument(help="lyso-2026/17, or with a processing lyso-2026/17:p2; it must have indexed.")
     ],
+    trust_cell: Annotated[
+        bool,
+        typer.Option("--trust-cell", help="The recipe's cell is known better than the distance: refine that too."),
+    ] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw shifts and what is left over into this PNG.")] = None,
     write: Annotated[
         Path | None, typer.Option(help="Write the recipe with the beam centre, or panels, found, to reprocess with.")
@@ -38,7 +42,8 @@ def refine_detector(
     """Say where the detector truly stands, from the crystals that a processing has indexed.
 
     The beam centre comes out within some hundredths of a pixel from a hundred crystals. Where the recipe
-    has a geometry of several panels, each panel with spots enough is placed along its two axes. Then
+    has a geometry of several panels, each panel with spots enough is placed along its two axes. The distance can be
+    told from the cell only where the cell is known better. Then
     `nearline reprocess RUN --recipe FILE` with the file of --write.
     """
     from flows.comparison import open_processing
@@ -46,7 +51,7 @@ def refine_detector(
     from storage.run_folder import RunFolder
 
     processing = open_processing(run, service=service, root=str(root) if root else None)
-    findings, found = detector_of(processing)
+    findings, found = detector_of(processing, trust_cell=trust_cell)
     if picture is not None:
         shape = RunFolder.open(processing.run).stream_header(processing.manifest.data_source).shape
         draw_detector(picture, findings, found, (shape[0], shape[1]))

@@ -24,7 +24,10 @@ class GeometrySnapshot(Record):
     n_spots: int
     shift: tuple[float, float] = Field(description="px, x and y: the beam centre against the snapshot before")
     shift_sigma: tuple[float, float] = Field(description="px, standard deviations of the shift")
-    largest_shift: float = Field(description="px, of the beam centre, or of the panel that is off by most")
+    largest_shift: float = Field(
+        description="px, of the beam centre, of the panel that is off by most, or of the outer spots by the distance"
+    )
+    distance: float | None = Field(None, description="m, refined against a cell that is trusted; None if it is not")
     detector: dict[str, float | DetectorGeometry] = Field(
         description="the recipe's detector values with the refined ones in place"
     )
@@ -40,8 +43,9 @@ class GeometrySnapshot(Record):
     def words(self) -> str:
         """In one sentence, as the run page shows it."""
         x, y = self.shift
+        away = "" if self.distance is None else f"; {1e3 * self.distance:.3f} mm away"
         return (
-            f"geometry is off by {self.largest_shift:.2f} px (beam centre by {x:+.2f}, {y:+.2f}) by {self.n_crystals} "
-            f"crystals of chunks {self.looked_at[0]} to {self.looked_at[1]}: snapshot {self.number} from chunk "
-            f"{self.from_chunk} on"
+            f"geometry is off by {self.largest_shift:.2f} px (beam centre by {x:+.2f}, {y:+.2f}{away}) by "
+            f"{self.n_crystals} crystals of chunks {self.looked_at[0]} to {self.looked_at[1]}: "
+            f"snapshot {self.number} from chunk {self.from_chunk} on"
         )

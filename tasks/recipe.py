@@ -89,6 +89,11 @@ class RefineDetector(Model):
         50, ge=10, description="crystals before the first look; the next is at twice as many, and so on to 16 times"
     )
     min_shift: float = Field(0.1, gt=0, description="px; a beam centre or panels that are off by less are left alone")
+    distance: bool = Field(
+        False,
+        description="refine the distance too, so that the cell is the sample's, which must be better known than the "
+        "distance; otherwise a wrong distance looks like another cell",
+    )
     lag: int = Field(
         4,
         gt=0,

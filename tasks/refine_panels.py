@@ -110,14 +110,14 @@ def refine_panels(found: Iterable[CrystalSpots], geometry: Geometry) -> tuple[Pa
 def displaced(panels: Sequence[Panel], shifts: Iterable[PanelShift], others: Sequence[float]) -> tuple[Panel, ...]:
     """The panels where they were found to be.
 
-    others : (x, y, z) m, how far those are displaced of which nothing was found.
+    others : (x, y, z) m, how far those are displaced of which nothing was found; z is that of all.
     """
     moved = []
     for panel, shift in zip(panels, shifts, strict=True):
         if shift.fast is None or shift.slow is None:
             moved.append(panel.moved(others))
         else:
-            by = shift.fast * np.array(panel.fast) + shift.slow * np.array(panel.slow)
+            by = shift.fast * np.array(panel.fast) + shift.slow * np.array(panel.slow) + [0.0, 0.0, others[2]]
             moved.append(panel.moved(by.tolist()))
     return tuple(moved)
 

@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import nearline
 from flows.detector_refinement import detector_of
 from flows.run_processing import ProcessRequest, run_processing
 from nearline.cli import app
@@ -83,6 +84,31 @@ def test_a_cell_that_is_too_large_leaves_the_distance_open(run, recipe):
     findings, _ = detector_of(Processing(run.path, summary["processing"]))
     assert findings.cell_scale == pytest.approx(1 / 1.01, abs=2e-3)
     assert any("distance unverified" in sentence for sentence in findings.words)
+
+
+@pytest.mark.parametrize("part", [0.985, 1.012], ids=["nearer", "farther"])
+def test_a_wrong_distance_is_found_by_a_cell_that_is_trusted(run, truth, recipe, tmp_path, part):
+    wrong = {"detector_distance": part * truth.detector_distance}
+    content = recipe.model_dump(mode="json") | {"detector": wrong}
+    summary = run_processing(ProcessRequest(run=str(run.path), recipe=content))
+    name = f"{run.path}:{summary['processing']}"
+    assert nearline.refine_detector(name)["distance"] is None
+
+    path = tmp_path / "better.yaml"
+    result = CliRunner().invoke(app, ["refine-detector", name, "--trust-cell", "--json", "--write", str(path)])
+    assert result.exit_code == 0, result.output
+    findings = json.loads(result.output)
+    assert findings["is_clear"]
+    assert findings["distance"] == pytest.approx(truth.detector_distance, rel=2e-4)
+    assert abs(findings["distance"] - truth.detector_distance) < 4 * findings["distance_sigma"]
+    assert any("by the cell that is trusted the detector is" in sentence for sentence in findings["words"])
+    assert not any("unverified" in sentence for sentence in findings["words"])
+
+    summary = run_processing(ProcessRequest(run=str(run.path), recipe=load_recipe(path).model_dump(mode="json")))
+    again, _ = detector_of(Processing(run.path, summary["processing"]), trust_cell=True)
+    assert again.distance == pytest.approx(findings["distance"], rel=2e-4)
+    assert again.cell_scale == pytest.approx(1, abs=5e-4)
+    assert any("is right within" in sentence and "distance" in sentence for sentence in again.words)
 
 
 @pytest.mark.parametrize("steps", [["find_peaks"], []], ids=["no crystals", "nothing at all"])

@@ -207,6 +207,22 @@ def test_a_snapshot_of_the_last_moment_does_not_keep_from_refining(run, off_reci
     assert load_recipe(tmp_path / "better.yaml").refine_detector is None
 
 
+def test_the_distance_is_refined_where_the_cell_is_trusted(run, recipe, truth):
+    wrong = {"detector_distance": 0.985 * truth.detector_distance}
+    content = recipe.model_dump(mode="json") | {"detector": wrong, "refine_detector": RULE | {"distance": True}}
+    processing = process(run, content)
+    first, *_ = processing.geometries()
+    assert first.distance == pytest.approx(truth.detector_distance, rel=5e-4)
+    assert first.detector["detector_distance"] == pytest.approx(first.distance, abs=1e-7)
+    # px, of the outer spots: 1.5 % of some 300 px
+    assert 1.0 < first.largest_shift < 6.0
+    assert f"; {1e3 * first.distance:.3f} mm away" in first.words
+    again, _ = detector_of(processing, trust_cell=True)
+    assert again.distance == pytest.approx(truth.detector_distance, rel=5e-4)
+    left_alone = process(run, content | {"refine_detector": RULE})
+    assert all("detector_distance" not in s.detector or s.distance is None for s in left_alone.geometries())
+
+
 def test_its_provenance_names_the_crystals(run, processed):
     graph = provenance_of(run.path, processed.name)
     (entity,) = (e for e in graph.entities.values() if e.kind == "geometry")
@@ -263,7 +279,7 @@ def test_looks_are_at_twice_as_many_crystals_each_and_begin_anew(recipe, monkeyp
     """So that all looks together cost some two of the last, and a drift is seen."""
     looked_at = []
 
-    def too_few(found, *_):
+    def too_few(found, *_, trust_cell):
         looked_at.append(len(found))
         raise BadRecipe("nothing to say")
 

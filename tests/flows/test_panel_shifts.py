@@ -73,6 +73,22 @@ def test_each_panel_is_found_within_its_uncertainty(found):
     assert "panel q2 is displaced by (-0." in said
 
 
+def test_all_panels_are_moved_to_the_distance_of_a_cell_that_is_trusted(run, recipe, tmp_path):
+    right = four_panels()
+    nearer = [panel.moved((0, 0, -0.01 * right.distance)) for panel in right.panels]
+    changes = {"panels": tuple(nearer), "distance": 0.99 * right.distance}
+    path, better = tmp_path / "nearer.geom", tmp_path / "better.geom"
+    write_geometry(path, Geometry.from_header(header_of(right.model_copy(update=changes)), SHAPE), BAD)
+    processing = process(run, recipe, path)
+    name = f"{processing.run}:{processing.name}"
+    result = CliRunner().invoke(app, ["refine-detector", name, "--trust-cell", "--geometry", str(better)])
+    assert result.exit_code == 0, result.output
+    assert "by the cell that is trusted the detector is" in result.output
+    for one, truth in zip(read_geometry(better).panels, four_panels().panels, strict=True):
+        assert one.corner[2] == pytest.approx(truth.corner[2], rel=5e-4)
+        np.testing.assert_allclose(one.corner[:2], truth.corner[:2], atol=7.5e-6)
+
+
 @pytest.mark.parametrize("suffix", [".geom", ".expt"])
 def test_what_it_writes_has_the_panels_in_their_places(processed, found, tmp_path, suffix):
     path = tmp_path / f"better{suffix}"

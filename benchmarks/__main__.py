@@ -51,6 +51,7 @@ LONG: dict[str, Callable[[Options], list[Figure]]] = {
     "flow-30min": flow.measure_long,
     "flow-beside": flow.measure_beside,
     "flow-4M": flow.measure_fast,
+    "flow-50000": flow.measure_many,
 }
 BUILD = Path(__file__).parents[1] / "build" / "bench"
 log = logging.getLogger("benchmarks")

@@ -27,7 +27,7 @@ from nearline.prefect_server import server_environment, wait_until_healthy
 from storage.run_folder import RunFolder
 from storage.step_store import find_processings
 
-__all__ = ["measure", "measure_beside", "measure_fast", "measure_long"]
+__all__ = ["measure", "measure_beside", "measure_fast", "measure_long", "measure_many"]
 
 log = logging.getLogger("benchmarks")
 
@@ -91,6 +91,28 @@ def measure_long(options: Options) -> list[Figure]:
     seconds = options.choose(60, 1800)
     with WorkFolder(options, "flow-30min") as root, _prefect_server(root) as server:
         samples = list(_live_flow(root, server, seconds))
+    done = figure(
+        f"chunks of a live flow of {seconds / 60:g} min", "chunks", [float(samples[-1].n_done)], higher_is_better=True
+    )
+    return [done, *_growth(samples)]
+
+
+def measure_many(options: Options) -> list[Figure]:
+    """50,000 frames of 1M at 100/s, a fifth of them hits, fully analysed: does memory or lag grow?"""
+    of = _Detector("1M", 100, 0.2)
+    n_frames = options.choose(1000, 50_000)
+    with WorkFolder(options, "flow-50000") as root, _prefect_server(root) as server:
+        samples = list(_live_flow(root, server, n_frames // of.rate, of))
+    took = samples[-1].at_s - samples[0].at_s
+    done = figure(
+        f"{n_frames} frames of 1M at {of.rate}/s: analysed", "frames/s", [n_frames / took],
+        ("taken", [float(of.rate)]), higher_is_better=True,
+    )  # fmt: skip
+    return [done, *_growth(samples)]
+
+
+def _growth(samples: list["_Sample"]) -> list[Figure]:
+    """Of memory and lag, once caches are full."""
     warm = samples[int(_WARM_SHARE * len(samples)) :]
     half = len(warm) // 2
     memory = [s.memory_mib for s in warm]
@@ -98,9 +120,7 @@ def measure_long(options: Options) -> list[Figure]:
     lag = [float(s.lag_chunks) for s in warm]
     later = statistics.mean(lag[half:]) - statistics.mean(lag[:half])
     small, none = Target("at most", 20.0), Target("at most", 1.0)
-    n_done, minutes = float(samples[-1].n_done), seconds / 60
     return [
-        figure(f"chunks of a live flow of {minutes:g} min", "chunks", [n_done], higher_is_better=True),
         figure("memory of the flow process", "MiB", memory, higher_is_better=False),
         figure("its growth, second half less first", "MiB", [growth], higher_is_better=False, target=small),
         figure("chunks sealed and not processed yet", "chunks", lag, higher_is_better=False, target=none),

@@ -1,26 +1,30 @@
 """What an experiment's file says of how long data are kept, put into effect by whoever looks after its runs."""
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from prefect.client.orchestration import SyncPrefectClient
 
 from flows.experiment import Experiment, retention_policy
+from flows.flow_runs import Deed, flow_runs_of, is_active, why_left
 from flows.run_tally import chosen_processing
-from storage.catalog import Catalog, default_url
-from storage.errors import NearlineError
+from storage.catalog import note_runs
 from storage.models import RunState
 from storage.names import run_key
 from storage.retention import Retained, apply_policy, parse_age
 from storage.run_folder import RunFolder, find_runs
 from storage.veto import find_veto, veto_stages
 
-__all__ = ["DueVeto", "due_vetoes", "let_go_of_runs"]
+__all__ = ["DueVeto", "Keeper", "due_vetoes", "let_go_of_runs"]
 
 log = logging.getLogger("nearline.catch_up")
+
+# What may go is looked for so often.
+_KEEP_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,64 @@ class DueVeto:
     why: str
 
 
+class Keeper:
+    """Carries out the ``retention`` of one experiment: deletes runs itself, and has `retain-run` veto frames."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._next = 0.0
+        # Of each run what was said last.
+        self._left: dict[str, str] = {}
+
+    def keep(self, client: SyncPrefectClient) -> Iterator[Deed]:
+        """What may go, goes, if it was not looked for lately."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _KEEP_S
+        gone = let_go_of_runs(self._experiment)
+        for one in gone.deleted:
+            yield Deed(one.run, "deleted", f"retention: {one.n_bytes / 1e9:.1f} GB in {one.n_files} files")
+        for run, why in gone.refused.items():
+            yield from self._leave(run, why)
+        for due in due_vetoes(self._experiment):
+            yield from self._ask(client, due)
+
+    def _ask(self, client: SyncPrefectClient, due: DueVeto) -> Iterator[Deed]:
+        """Have a worker take the next step of a veto; again if it has failed, but not for ever."""
+        deployment = client.read_deployment_by_name(f"retain-run/{self._experiment.experiment}")
+        named = flow_runs_of(client, [deployment.id], name=f"retain {due.run}")
+        before = [one for one in named if (one.idempotency_key or "").startswith(due.key)]
+        if any(is_active(one) for one in before):
+            return
+        if (why := why_left(before)) is not None:
+            yield from self._leave(due.run, f"retain-run: {why}")
+        elif any(one.state is not None and one.state.is_completed() for one in before):
+            yield from self._leave(due.run, "retain-run has completed, and left it as it was: see what it returned")
+        else:
+            flow_run = client.create_flow_run_from_deployment(
+                deployment.id,
+                name=f"retain {due.run}",
+                parameters=due.parameters,
+                tags=["catch-up"],
+                idempotency_key=f"{due.key}/{len(before)}",
+            )
+            yield Deed(due.run, "started", f"retain-run: {due.why}", str(flow_run.id))
+
+    def _leave(self, run: str, why: str) -> Iterator[Deed]:
+        if self._left.get(run) != why:
+            self._left[run] = why
+            yield Deed(run, "left", why)
+
+
 def let_go_of_runs(experiment: Experiment) -> Retained:
     """Delete the runs that ``retention.older_than`` lets go; none where the file does not say so."""
     policy = retention_policy(experiment)
     if policy is None or not experiment.root.is_dir():
         return Retained()
     done = apply_policy(experiment.root, policy, datetime.now(UTC), f"retention of {experiment.experiment}")
-    _note(experiment, [RunFolder.open(experiment.root / one.run) for one in done.deleted])
+    folders = [RunFolder.open(experiment.root / one.run) for one in done.deleted]
+    if (why := note_runs(experiment.root, folders, experiment.deployment.service.catalog_url)) is not None:
+        log.warning("%s", why)
     return done
 
 
@@ -79,19 +134,3 @@ def _next_of(folder: RunFolder, grace: str) -> DueVeto | None:
     if veto is None or datetime.now(UTC) < veto[0].due_at:
         return None
     return DueVeto(name, {"run": name}, f"retain/{name}/{veto[0].due_at.isoformat()}", "its grace time is over")
-
-
-def _note(experiment: Experiment, folders: list[RunFolder]) -> None:
-    """Bring the catalog's rows up to date, where there is a catalog; it is an index, and can wait."""
-    url = experiment.deployment.service.catalog_url
-    if not folders or (url is None and not (experiment.root / "catalog.sqlite").exists()):
-        return
-    try:
-        catalog = Catalog(url or default_url(experiment.root))
-        try:
-            for folder in folders:
-                catalog.record(folder)
-        finally:
-            catalog.close()
-    except (SQLAlchemyError, NearlineError) as error:
-        log.warning("the catalog is behind (`nearline catalog rebuild` brings it up): %s", error)

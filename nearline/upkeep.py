@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from nearline.show import StageBars, validated
-from storage.errors import NearlineError, RunNotFound
+from storage.errors import RunNotFound
 from storage.files import file_sizes, is_local, to_path
 from storage.names import parse_run_key, run_key
 from storage.run_folder import RunFolder
@@ -93,20 +93,10 @@ def confirm_deletion(folder: RunFolder) -> None:
 
 def note_in_catalog(root: Path, folders: Iterable[RunFolder], catalog: str | None, errors: Console) -> None:
     """Bring the rows of changed runs up to date, where there is a catalog; it is an index, and can wait."""
-    from sqlalchemy.exc import SQLAlchemyError
+    from storage.catalog import note_runs
 
-    from storage.catalog import Catalog, default_url
-
-    if catalog is None and not (root / "catalog.sqlite").exists():
-        return
-    index = Catalog(catalog or default_url(root))
-    try:
-        for folder in folders:
-            index.record(folder)
-    except (SQLAlchemyError, NearlineError) as error:
-        errors.print(f"the catalog is behind (`nearline catalog rebuild` brings it up): {error}", highlight=False)
-    finally:
-        index.close()
+    if (why := note_runs(root, folders, catalog)) is not None:
+        errors.print(why, highlight=False)
 
 
 def apply_retention(

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from storage.models import RunState
 from storage.run_folder import RunFolder, find_runs
 from storage.sql import Database, Utc
 
-__all__ = ["Catalog", "CatalogWriter", "Rebuilt", "RunRow", "StreamRow", "default_url"]
+__all__ = ["Catalog", "CatalogWriter", "Rebuilt", "RunRow", "StreamRow", "default_url", "note_runs"]
 
 log = logging.getLogger("nearline.catalog")
 
@@ -146,6 +146,28 @@ class Catalog:
                 with self._database.session() as session:
                     session.exec(delete(StreamRow).where(StreamRow.experiment == key[0], StreamRow.run == key[1]))  # type: ignore[arg-type]
                     session.exec(delete(RunRow).where(RunRow.experiment == key[0], RunRow.run == key[1]))  # type: ignore[arg-type]
+
+
+def note_runs(root: Path, folders: Iterable[RunFolder], url: str | None = None) -> str | None:
+    """Bring the rows of runs that somebody has changed up to date; why that failed in words, else None.
+
+    Nothing is done where a data folder has no catalog: it is an index, and can be made at any time.
+
+    Parameters
+    ----------
+    url : the catalog's; by default the one in the data folder, if there is one.
+    """
+    if url is None and not (root / "catalog.sqlite").exists():
+        return None
+    catalog = Catalog(url or default_url(root))
+    try:
+        for folder in folders:
+            catalog.record(folder)
+    except (SQLAlchemyError, NearlineError) as error:
+        return f"the catalog is behind (`nearline catalog rebuild` brings it up): {error}"
+    finally:
+        catalog.close()
+    return None
 
 
 @dataclass

@@ -160,7 +160,16 @@ def test_non_hits_are_marked_and_go_when_their_time_is_over(deployed):
     asked = read(api, deed.flow_run_id)
     assert asked.work_pool_name == "catch-up-reprocess"
     assert asked.parameters | {"grace": ""} == asked.parameters | {"run": "lyso/1", "processing": "p1", "grace": ""}
-    assert [work.look(), catch_up(experiment, api)[0].flow_run_id] == [[], deed.flow_run_id], "it is asked for once"
+    assert [work.look(), catch_up(experiment, api)] == [[], []], "it is asked for once"
+    # It is asked for again if it has failed.
+    pretend(api, deed.flow_run_id, Failed(message="disk full"))
+    (again,) = catch_up(experiment, api)
+    assert (again.action, again.why) == ("started", deed.why)
+    assert again.flow_run_id != deed.flow_run_id
+    for _ in range(2):
+        pretend(api, again.flow_run_id, Failed(message="disk full"))
+        (again,) = catch_up(experiment, api)
+    assert (again.action, "failed 3 times" in again.why) == ("left", True)
     # What the flow does, without a worker: as marked, nothing is due for an hour, and then it is.
     given = {name: asked.parameters[name] for name in ("run", "processing", "grace")}
     step = next_step(VetoRequest(**given | {"run": str(run)}, by="test"))

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
@@ -251,6 +253,8 @@ class _Nothing:
 @contextmanager
 def _task_executor(execution: Execution) -> Iterator[Executor]:
     """An executor whose jobs are Prefect tasks, on the task runner that the execution names."""
+    if execution.limit is not None:
+        _require_limit(execution.limit)
     if execution.kind == "inline":
         yield _TaskExecutor(None, execution.limit)
     elif execution.kind == "dask":
@@ -265,6 +269,18 @@ def _task_executor(execution: Execution) -> Iterator[Executor]:
         pool: TaskRunner[Any] = kind(max_workers=execution.workers)
         with pool:
             yield _TaskExecutor(pool, execution.limit)
+
+
+def _require_limit(name: str) -> None:
+    """BadRecipe unless the server has that concurrency limit: each task would fail, one after the other."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            raise BadRecipe(
+                f"the Prefect server has no concurrency limit {name!r} (execution.limit); make it with "
+                f"`prefect gcl create {name} --limit 4`, or leave it out"
+            ) from None
 
 
 def _run_name(job: ChunkJob) -> str:

@@ -1,11 +1,13 @@
 """Where a chunk is analysed cannot change what comes out; and what is there is not computed again."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +15,7 @@ from flows.execution import Execution
 from flows.run_processing import ProcessRequest, run_processing
 from storage.errors import BadRecipe
 from storage.step_store import Processing
+from tasks.recipe import load_recipe
 from tests.flows.conftest import N_FRAMES
 from tests.flows.test_process_run import ask
 
@@ -152,6 +155,31 @@ def test_cached_tasks_are_shown_as_such(simulated_run, recipe, prefect_server, t
 
 
 GROUPS = ("peaks", "index", "integrate", "export")
+
+
+def test_tasks_share_a_limit_of_the_server(simulated_run, prefect_server, tmp_path):
+    """Three chunks on three threads, of which one at a time may work."""
+    ask(prefect_server, "/v2/concurrency_limits/", {"name": "one-at-a-time", "limit": 1})
+    recipe = load_recipe({"steps": [{"use": "tests.flows.own_steps:noted"}]})
+    overlaps = {}
+    for limit in (None, "one-at-a-time"):
+        folder, diary = simulated_run.copy_to(tmp_path / str(limit)), tmp_path / f"diary-{limit}"
+        server = replace(prefect_server, environment=prefect_server.environment | {"DIARY": str(diary)})
+        summary_of(start_flow(server, folder, recipe, {"kind": "threads", "workers": 3, "limit": limit}))
+        words = [line.split()[0] for line in diary.read_text().splitlines()]
+        assert words.count("begun") == words.count("done") == 3
+        overlaps[limit] = any(pair == ("begun", "begun") for pair in itertools.pairwise(words))
+    assert overlaps == {None: True, "one-at-a-time": False}
+
+
+def test_a_limit_that_the_server_does_not_have_is_named(simulated_run, recipe, prefect_server, tmp_path):
+    folder = simulated_run.copy_to(tmp_path)
+    flow = start_flow(prefect_server, folder, recipe, {"kind": "threads", "limit": "nowhere"})
+    flow.communicate(timeout=200)
+    assert flow.returncode != 0
+    (run,) = flow_runs(prefect_server, folder)
+    assert run["state_type"] == "FAILED"
+    assert "prefect gcl create nowhere" in run["state"]["message"]
 
 
 @pytest.mark.campaign

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -41,7 +41,8 @@ class Step:
     run : (chunk, params, cell, upstream) → tables. kernels : all modules whose source is part of
     the step's identity; it is read at once. frame_work : (chunk, params) → the same, for steps that want nothing but
     the frames; neighbours of this kind are carried out together, frame by frame.
-    engine : the program of others that does the work; so is its version.
+    engine : the program of others that does the work; so is its version. libraries : versions that are part of the
+    identity beside those of ours.
     """
 
     params: type
@@ -50,6 +51,7 @@ class Step:
     needs_cell: bool = False
     frame_work: Callable[[ChunkFrames, Any], FrameWork] | None = None
     engine: Engine | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         source_digest(*self.kernels)
@@ -77,7 +79,7 @@ class Step:
         Raises EngineMissing where the step wants a program that is not on this machine.
         """
         program = {self.engine.name: self.engine.version()} if self.engine is not None else {}
-        return {"source": source_digest(*self.kernels), **library_versions(), **program}
+        return {"source": source_digest(*self.kernels), **library_versions(), **self.libraries, **program}
 
     @property
     def modules(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from storage.step_store import Tables
 from tasks import bin_frames, chunk_frames
 from tasks import step as step_module
 from tasks.chunk_frames import ChunkFrames
+from tasks.imported_code import imported_code
 from tasks.step import Step, Upstream
 from tasks.unit_cell import UnitCell
 
@@ -67,7 +68,11 @@ def user_step(name: str) -> Step:
         return _tables_of(chunk, result, name)
 
     module = inspect.getmodule(function)
-    return Step(dict, run, (*((module,) if module else ()), *_SHARED))
+    if module is None:
+        return Step(dict, run, _SHARED)
+    rests_on = imported_code(module)
+    others = (one for one in rests_on.modules if one not in _SHARED)
+    return Step(dict, run, (module, *others, *_SHARED), libraries=rests_on.versions)
 
 
 def _tables_of(chunk: ChunkFrames, result: Mapping[str, Any], name: str) -> Tables:

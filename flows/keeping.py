@@ -66,7 +66,7 @@ class Keeper:
         """Have a worker take the next step of a veto; again if it has failed, but not for ever."""
         deployment = client.read_deployment_by_name(f"retain-run/{self._experiment.experiment}")
         named = flow_runs_of(client, [deployment.id], name=f"retain {due.run}")
-        before = [one for one in named if (one.idempotency_key or "").startswith(due.key)]
+        before = [one for one in named if (one.idempotency_key or "").startswith(f"{due.key}/")]
         if any(is_active(one) for one in before):
             return
         if (why := why_left(before)) is not None:

@@ -6,7 +6,7 @@ be had only if the cell is known better than it: a detector farther away and a s
 places.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,7 @@ def refine_detector(
         raise BadRecipe(f"{len(shifts)} crystals are too few to place a detector by; take frames for {FEWEST_CRYSTALS}")
     shift, sigma = _middle(np.array(shifts))
     scale, scale_sigma = _middle(np.array(scales)[:, None])
-    distance_scale, distance_sigma = (float(v[0]) for v in _middle(np.array(farther)[:, None]))
+    distance_scale, distance_sigma = (float(v[0]) for v in _middle(_finite(farther)[:, None]))
     distance = distance_scale * detector.detector_distance if trust_cell else None
     along = 0.0 if distance is None else distance - detector.detector_distance
     placed = np.concatenate(residuals)
@@ -172,6 +172,12 @@ def refine_detector(
 
 def _scale(found: UnitCell, given: UnitCell) -> float:
     return float(np.mean(np.array(found.parameters[:3]) / np.array(given.parameters[:3])))
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    """Those that are numbers; 1 if none is: a crystal without spots says nothing."""
+    kept = np.array([value for value in values if np.isfinite(value)])
+    return kept if len(kept) else np.ones(1)
 
 
 def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

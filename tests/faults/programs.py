@@ -67,7 +67,7 @@ def produce(address: str, header: StreamHeader, name: str, log: Path, stop: Path
     stored = {entry["n"] for entry in said if entry["what"] == "stored"}
     n = next(i for i in range(len(stored) + 1) if i not in stored)
     n_begun = 1 + max((entry["n"] for entry in said if entry["what"] == "putting"), default=-1)
-    with Producer(address, header.experiment, header.data_source, ack="stored", name=name) as producer:
+    with _connect_patiently(address, header, name) as producer:
         try:
             out = producer.run(header.run, join=True)
             out.start(header)
@@ -113,6 +113,16 @@ def consume(address: str, run: str, source: str, group: str, log: Path, lease_s:
         journal.note("got", index=index, lease=leased.lease, delivery=leased.delivery, digest=digest)
         journal.note("done", index=index, lease=leased.lease)
     journal.note("end")
+
+
+def _connect_patiently(address: str, header: StreamHeader, name: str) -> Producer:
+    """A producer of a service that may be down, or busy with its recovery."""
+    for _ in range(_MOST_TRIES):
+        try:
+            return Producer(address, header.experiment, header.data_source, ack="stored", name=name)
+        except ServiceUnavailable:
+            time.sleep(0.1)
+    return Producer(address, header.experiment, header.data_source, ack="stored", name=name)
 
 
 def _open_patiently(run: str) -> Run:

@@ -95,6 +95,8 @@ class World:
         self.producers = {"cam": ("cam-a", "cam-b"), "diode": ("diode-a",)}
         self.workers: dict[str, Worker] = {}
         self.service_kills: list[float] = []
+        # Of them those that left a shard without a commit.
+        self.n_in_mid_seal = 0
         self._shutter = threading.Event()
         self._acquisition = threading.Thread(target=self._acquire, daemon=True)
         self.n_exposed = 0
@@ -153,6 +155,7 @@ class World:
     def kill_service(self) -> None:
         self.service_kills.append(time.monotonic())
         self.service.kill()
+        self.n_in_mid_seal += any(self._seals_under_way())
         time.sleep(self.rng.choice([0.0, 0.0, 0.3]))
         self.service.start()
         # Also while it is still recovering.
@@ -338,3 +341,5 @@ def test_a_few_kills(tmp_path):
 def test_many_kills(tmp_path, seed):
     world = live_through(tmp_path, seed, n_kills=16)
     assert world.service_kills
+    assert world.n_in_mid_seal, "a quarter of the kills wait for a seal"
+    print(f"seed {seed}: the service was killed {len(world.service_kills)} times, {world.n_in_mid_seal} in mid-seal")

@@ -168,7 +168,7 @@ def record_run(address: str, indices: Any, run: int = 1, planned: int = 0) -> No
 @contextlib.contextmanager
 def detector(**options: Any) -> Iterator[DectrisStreamSender]:
     """A simulated detector on a free port."""
-    with DectrisStreamSender(ANY_PORT, receiver_timeout=20, **options) as sender:
+    with DectrisStreamSender(ANY_PORT, receiver_timeout=60, **options) as sender:
         yield sender
 
 

@@ -239,7 +239,8 @@ class Group:
         n_late = len(states.late_order)
         if n_late > self._n_late_seen:
             for index in states.late_order[self._n_late_seen : n_late]:
-                if index in self.skipped:
+                # It may be gone again: a stream in memory lets go of its oldest frames.
+                if index in self.skipped and states.is_readable(index):
                     self._give_late(index)
             self._n_late_seen = n_late
 
@@ -495,6 +496,11 @@ class Group:
         now = self.clock()
         held = itertools.chain(self.leases.values(), self.waiting.values())
         return self.is_dirty or any(lease.deadline > now for lease in held)
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether a frame may be waiting for its delay to pass: what is left of that changes by itself."""
+        return bool(self._delayed)
 
     def describe(self, states: IndexStates) -> dict[str, Any]:
         """Where the group is, who has what, and what went wrong, as plain JSON; of long lists the beginning."""

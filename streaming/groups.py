@@ -118,8 +118,8 @@ class GroupLog:
                 self._db.executemany(f"DELETE FROM {table} WHERE id IN ({ids})", gone)
 
     def save(self, groups: Mapping[GroupKey, Group]) -> None:
-        """Write the groups that have changed, in one transaction."""
-        dirty = [(key, group) for key, group in groups.items() if group.is_dirty]
+        """Write the groups that have changed, in one transaction; a delay that runs is a change."""
+        dirty = [(key, group) for key, group in groups.items() if group.is_dirty or group.is_delayed]
         if not dirty:
             return
         with self._db:  # commits, or rolls back

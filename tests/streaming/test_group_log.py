@@ -65,6 +65,17 @@ def test_groups_of_runs_that_are_no_more_are_forgotten(open_log):
 # ---- what is kept --------------------------------------------------------------------------------------
 
 
+def test_a_delay_passes_although_nothing_else_happens(open_log):
+    log, begun = open_log(), time.monotonic()
+    group = log.load(KEY)
+    (lease,) = group.take(stored(1), "ada", 60, 1)
+    group.give_back(0, lease.number, delay_s=50)
+    log.save({KEY: group})
+    group.clock = lambda: begun + 45
+    log.save({KEY: group})
+    assert 3 < open_log().load(KEY).waiting[0].deadline - time.monotonic() < 6
+
+
 def test_everything_is_kept(open_log):
     """A group with something of each kind, before and after."""
     states, log = stored(10), open_log()

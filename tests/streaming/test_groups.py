@@ -158,6 +158,19 @@ def test_frame_that_was_pruned_while_it_waited_is_skipped():
     assert list(group.skipped) == [(0, 1)]
 
 
+def test_frame_that_came_late_and_was_pruned_holds_up_no_group_after_a_restart():
+    group, states = group_on(3)
+    states.set(1, 2, FrameState.missing, "dropped")
+    states.set(1, 2, FrameState.late)
+    states.set(1, 2, FrameState.pruned)
+    for lease in group.take(states, "m", 9, 3):
+        group.acknowledge(lease.frame_index, lease.number)
+    again = Group.restored(group.packed(), [(kind, n, c) for kind, n, c in group.pieces() if c is not None])
+    assert again.lag(states) == 0
+    assert again.is_drained(states)
+    assert list(again.skipped) == [(1, 2)]
+
+
 @pytest.mark.parametrize(
     ("index", "dead", "left_out", "delivered"),
     [(0, [], [], [0, 1, 2, 3, 4, 5]), (2, [0], [1], [2, 3, 4, 5]), (5, [0, 2], [1, 3, 4], [5])],

@@ -130,7 +130,7 @@ def _of_writing(frames: FrameSet, size: str, options: Options) -> Figure:
     hits = FrameSet(frames.simulator, blobs, [truth for truth in frames.truths if truth.is_hit])
     n, times = options.choose(10, 100), []
     recipe = recipe_for(frames).model_dump(mode="json")
-    with WorkFolder(options, "crystallography-written") as root:
+    with WorkFolder(options, f"crystallography-{size}") as root:
         for number in in_rounds(options.choose(2, _ROUNDS) + 1):
             shutil.rmtree(root / EXPERIMENT, ignore_errors=True)
             folder = stored_run(root, hits, 1, n, 50)

@@ -17,7 +17,7 @@ import numpy as np
 
 from storage.frame import RawFrame
 from storage.models import StreamHeader
-from storage.run_folder import ChunkCommit
+from storage.run_folder import ChunkCommit, StreamPaths
 from storage.step_store import StepStore
 from streaming.retrieval import Frame, Stream, open_run
 from tasks.chunk_frames import usable_mask
@@ -87,7 +87,7 @@ class ChunkJob:
 
     def plan(self) -> list[PlannedStep]:
         """Its steps with their digests; made once in a process, though each group of steps asks for it."""
-        return _plan_of(self.folder, self.data_source, self.recipe.digest, self.commit.digest, _Unhashed(self))
+        return _plan_of(*_whose(self), self.recipe.digest, self.commit.digest, _Unhashed(self))
 
     def frames(self) -> list[Frame]:
         """The chunk's frames, in index order; kept for a while."""
@@ -122,7 +122,7 @@ class ChunkJob:
         )
 
     def _view(self) -> tuple[StreamHeader, np.ndarray]:
-        return _view_of(self.folder, self.data_source, self.recipe.digest, _Unhashed(self))
+        return _view_of(*_whose(self), self.recipe.digest, _Unhashed(self))
 
 
 def analysis_header(stream: Stream, recipe: Recipe) -> StreamHeader:
@@ -151,14 +151,31 @@ class _Unhashed:
         return 0
 
 
+# The file of a stream's header, as it is now.
+_Written = tuple[int, int] | None
+
+
+def _whose(job: ChunkJob) -> tuple[str, str, _Written]:
+    """Tells a run from another that has taken its place under a worker that lives for days."""
+    try:
+        found = StreamPaths(Path(job.folder), job.data_source).header.stat()
+    except OSError:  # not on a disk of this machine
+        return job.folder, job.data_source, None
+    return job.folder, job.data_source, (found.st_ino, found.st_mtime_ns)
+
+
 @lru_cache(maxsize=8)
-def _view_of(folder: str, data_source: str, recipe_digest: str, key: _Unhashed) -> tuple[StreamHeader, np.ndarray]:
+def _view_of(
+    folder: str, data_source: str, written: _Written, recipe_digest: str, key: _Unhashed
+) -> tuple[StreamHeader, np.ndarray]:
     stream, recipe = _stream_of(folder, data_source), key.job.recipe
     return analysis_header(stream, recipe), analysis_mask(stream, recipe)
 
 
 @lru_cache(maxsize=16)
-def _plan_of(folder: str, data_source: str, recipe_digest: str, chunk_digest: str, key: _Unhashed) -> list[PlannedStep]:
+def _plan_of(
+    folder: str, data_source: str, written: _Written, recipe_digest: str, chunk_digest: str, key: _Unhashed
+) -> list[PlannedStep]:
     job = key.job
     return plan_steps(job.recipe, job.commit, *job._view())
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,10 @@ from storage.step_store import Processing
 from streaming.producer import Producer
 from streaming.retrieval import open_run
 from streaming.service import Service, ServiceSettings, SourceSettings
-from streaming.simulator import SimulatorSettings
+from streaming.simulator import SimulatorSettings, make_frames
 from tasks.recipe import Recipe, load_recipe
 from tests.flows.conftest import N_FRAMES, take_run, wait_for_run
+from tests.flows.stored_runs import store_run
 
 
 def request(run, recipe: Recipe, **options) -> ProcessRequest:
@@ -248,6 +250,18 @@ def test_processing_needs_no_prefect(simulated_run, recipe, tmp_path):
     content = json.dumps({"steps": [{"use": "find_peaks"}], "export": {"nexus": "none", "crystfel": False}})
     out = subprocess.run([sys.executable, "-c", code, str(folder), content], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("False")
+
+
+def test_another_run_under_the_same_path_is_analysed_as_itself(recipe, tmp_path):
+    """A data folder that was deleted and filled anew, under a worker that lives on."""
+    for size in ("512", "1M"):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        settings = SimulatorSettings(size=size, n_frames=4, hit_fraction=1.0, seed=1)
+        simulator = settings.simulator()
+        blobs, _ = make_frames(simulator, settings.n_frames)
+        folder = store_run(tmp_path / "data", simulator, blobs)
+        summary = run_processing(ProcessRequest(run=str(folder.path), recipe=recipe.model_dump(mode="json")))
+        assert (summary["frames"], summary["indexed"]) == (4, 4)
 
 
 def test_a_missing_commit_is_no_end_of_the_run(simulated_run, recipe, tmp_path):

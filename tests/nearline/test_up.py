@@ -155,6 +155,7 @@ VICTIMS = ((FLOW_RUN,), ("worker-live",), ("prefect",), ("worker-live", "prefect
 CHUNKS = {f"{word} {first}" for word in ("begun", "done") for first in range(0, 40, 10)}
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(400)
 def test_runs_are_processed_whoever_is_killed(under_up):
     """Flow run, worker, server, and worker and server at once, each killed while a run is processed."""

@@ -117,9 +117,12 @@ class GroupLog:
             for table in ("handed_out", "piece", "consumer_group"):
                 self._db.executemany(f"DELETE FROM {table} WHERE id IN ({ids})", gone)
 
-    def save(self, groups: Mapping[GroupKey, Group]) -> None:
-        """Write the groups that have changed, in one transaction; a delay that runs is a change."""
-        dirty = [(key, group) for key, group in groups.items() if group.is_dirty or group.is_delayed]
+    def save(self, groups: Mapping[GroupKey, Group], *, is_last: bool = False) -> None:
+        """Write the groups that have changed, in one transaction.
+
+        is_last : before the service ends: also what is left of delays, which is not written while they run.
+        """
+        dirty = [(k, group) for k, group in groups.items() if group.is_dirty or (is_last and group.is_delayed)]
         if not dirty:
             return
         with self._db:  # commits, or rolls back

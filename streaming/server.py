@@ -226,7 +226,7 @@ class Server(threading.Thread):
                 self._save_groups()
                 last_save = time.monotonic()
         self._say_goodbye()
-        self._save_groups()
+        self._save_groups(is_last=True)
         self._group_log.close()
         self._socket.close()
         self._inbox.close()
@@ -254,10 +254,10 @@ class Server(threading.Thread):
         self._take_inbox()
         self._retry_overdue()
 
-    def _save_groups(self) -> None:
+    def _save_groups(self, *, is_last: bool = False) -> None:
         """Keep the groups' state, and forget idle groups: they are loaded again when someone asks."""
         try:
-            self._group_log.save(self.desk.groups)
+            self._group_log.save(self.desk.groups, is_last=is_last)
         except sqlite3.Error as error:  # a full disk, mostly; they stay dirty and are tried again
             log.error("could not save the consumer groups: %s", error)
             return

@@ -65,14 +65,14 @@ def test_groups_of_runs_that_are_no_more_are_forgotten(open_log):
 # ---- what is kept --------------------------------------------------------------------------------------
 
 
-def test_a_delay_passes_although_nothing_else_happens(open_log):
+def test_a_delay_goes_on_over_a_restart_although_nothing_else_happens(open_log):
     log, begun = open_log(), time.monotonic()
     group = log.load(KEY)
     (lease,) = group.take(stored(1), "ada", 60, 1)
     group.give_back(0, lease.number, delay_s=50)
     log.save({KEY: group})
     group.clock = lambda: begun + 45
-    log.save({KEY: group})
+    log.save({KEY: group}, is_last=True)
     assert 3 < open_log().load(KEY).waiting[0].deadline - time.monotonic() < 6
 
 

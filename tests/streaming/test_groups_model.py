@@ -428,7 +428,7 @@ class SharingMachine(RuleBasedStateMachine):
         self.promises.save()
 
     def save(self):
-        self.log.save({KEY: self.group})
+        self.log.save({KEY: self.group}, is_last=True)
         self.note_saved()
 
     # ---- always

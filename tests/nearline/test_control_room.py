@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +25,7 @@ from nearline.prefect_server import server_environment, wait_until_healthy
 from storage.step_store import Processing
 from streaming.retrieval import Run
 from streaming.simulator import SimulatorSettings, simulate
+from tests.flows.test_deploying import ask
 
 NAME, N_FRAMES = "lyso-2026", 20
 RECIPE = {"steps": [{"use": "find_peaks"}]}
@@ -85,17 +84,7 @@ class Beamline:
         return json.loads(done.stdout)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.api}{path}", data, {"Content-Type": "application/json"})
-        for _ in range(20):
-            try:
-                with urllib.request.urlopen(request, timeout=20) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # its SQLite is locked
-                    raise
-                time.sleep(0.5)
-        raise AssertionError(f"{path}: 503 for ten seconds")
+        return ask(self.api, path, body)
 
     def flow_runs(self, name: str) -> list[dict[str, Any]]:
         return list(self.ask("/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}}))
